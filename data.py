@@ -1,0 +1,645 @@
+"""From videos and photos to what the networks see: landmarks, crops, prepared folders, training episodes.
+
+    python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper: wants a GPU
+    python data.py --videos DIR --out DIR --landmarks dlib      # offline, about 10 ms a frame on a CPU core
+
+Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of a
+VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each. A prepared sequence is
+one file: {"jpeg": bytes of all crops, "offsets": (n+1,), "landmarks": (n, 68, 2) in pixels, "image_size", "detector"}.
+Running it again goes on where it stopped.
+"""
+import argparse
+import io
+import os
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from model import UserError, save_atomic
+
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CLIPS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
+
+
+def run(main):
+    """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("stopped", file=sys.stderr) or 130)
+
+
+# ------------------------------------------------------------------------------------------- landmarks
+
+LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and left are the person's own
+    (0, 17, False, (255, 255, 255)),    # jaw
+    (17, 22, False, (255, 0, 0)),       # right brow
+    (22, 27, False, (0, 255, 0)),       # left brow
+    (27, 31, False, (0, 0, 255)),       # nose bridge
+    (31, 36, False, (0, 0, 255)),       # nose base
+    (36, 42, True, (255, 0, 255)),      # right eye
+    (42, 48, True, (0, 255, 255)),      # left eye
+    (48, 60, True, (255, 255, 0)),      # outer lips
+    (60, 68, True, (255, 128, 0)),      # inner lips
+]
+
+
+def draw_landmarks(points, size):
+    """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> uint8 (size, size, 3), lines on black.
+
+    Drawn at 256 pixels or more and averaged down, so that small images keep positions finer than a pixel.
+    """
+    canvas = max(size, 256)
+    image = Image.new("RGB", (canvas, canvas))
+    pen, width = ImageDraw.Draw(image), max(1, size // 128) * (canvas // size)  # 2 pixels at 256
+    points = (np.asarray(points, np.float64) + 0.5) * (canvas / size) - 0.5     # pixel centres to pixel centres
+    for first, end, closed, colour in LINES:
+        line = [tuple(p) for p in points[first:end]]
+        pen.line(line + line[:1] * closed, fill=colour, width=width, joint="curve")
+    return np.asarray(image.reduce(canvas // size) if canvas > size else image)
+
+
+def landmark_detector(kind):
+    """-> detect(image uint8 (H, W, 3)): points (68, 2) float32 of the largest face, or None. Build it once.
+
+    kind "fan": face-alignment, the paper's detector [7].  "dlib": the same 68 points, offline and fast on a CPU.
+    """
+    return {"fan": _fan_detector, "dlib": _dlib_detector}[kind]()
+
+
+def _dlib_detector():
+    import dlib
+    # face_recognition_models cannot be imported under current setuptools, but its files can be found
+    folder = find_spec("face_recognition_models").submodule_search_locations[0]
+    predictor = dlib.shape_predictor(os.path.join(folder, "models", "shape_predictor_68_face_landmarks.dat"))
+    detector = dlib.get_frontal_face_detector()
+
+    def detect(image):
+        height, width = image.shape[:2]
+        for side in (256, 512, 1024):  # it sees faces of 80 pixels and more; small copies are quick, so they go first
+            scale = side / max(height, width)
+            small = Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BILINEAR)
+            boxes = detector(np.asarray(small))
+            if boxes:
+                box = max(boxes, key=lambda b: b.area())  # it can see a second, false face
+                box = dlib.rectangle(*(round(v / scale) for v in (box.left(), box.top(), box.right(), box.bottom())))
+                shape = predictor(image, box)
+                return np.array([(p.x, p.y) for p in shape.parts()], np.float32)
+        return None
+
+    return detect
+
+
+def _fan_detector():
+    import face_alignment
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:  # compile=False: the default spends minutes compiling on a CPU
+        fan = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device=device, compile=False)
+    except OSError as e:  # URLError is one
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise UserError(f"cannot download the weights of face-alignment ({e}): "
+                        f"put them into {folder} yourself, or use --landmarks dlib") from None
+
+    def detect(image):
+        faces = fan.get_landmarks_from_image(image)
+        return max(faces, key=lambda p: np.ptp(p[:, 0]) * np.ptp(p[:, 1]))[:, :2].astype(np.float32) if faces else None
+
+    return detect
+
+
+# ------------------------------------------------------------------------------------------------ crops
+
+def face_box(points):
+    """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3): centre x, y and half side."""
+    eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
+    mouth = points[..., [48, 54], :].mean(-2)
+    between = eyes.mean(-2)
+    eye_distance = np.linalg.norm(eyes[..., 0, :] - eyes[..., 1, :], axis=-1)
+    mouth_distance = np.linalg.norm(mouth - between, axis=-1)
+    half = 1.1 * np.maximum(2 * eye_distance, 1.8 * mouth_distance)
+    return np.concatenate([between + 0.1 * (mouth - between), half[..., None]], axis=-1)
+
+
+def steady_boxes(points, times):
+    """face_box for a video: a Gaussian mean over about a second either side, so that the crop does not jitter.
+
+    points (n, 68, 2), times (n,) in seconds -> (n, 3).
+    """
+    boxes = face_box(points)
+    result = np.empty_like(boxes)
+    for k, t in enumerate(times):
+        a, b = np.searchsorted(times, [t - 3, t + 3])
+        weight = np.exp(-0.5 * (times[a:b] - t) ** 2)
+        result[k] = weight @ boxes[a:b] / weight.sum()
+    return result
+
+
+def crop(image, box, size):
+    """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased, reflected beyond the border."""
+    height, width = image.shape[:2]
+    (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
+    pad = max(0, int(np.ceil(max(half - x, half - y, x + half - width, y + half - height))))
+    if pad:  # reflection: repeated edges draw streaks, which a generator then learns
+        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if min(height, width) > 1 else "edge")
+    edges = (x - half + pad, y - half + pad, x + half + pad, y + half + pad)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.LANCZOS, box=edges))
+
+
+def to_crop(points, box, size):
+    """Points in the image (..., 68, 2) -> in pixels of its crop by `box` (..., 3)."""
+    centre, half = box[..., None, :2], box[..., None, 2:]
+    return ((points - centre + half) * (size / (2 * half)) - 0.5).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------ photos and videos
+
+def read_photo(path):
+    """-> uint8 (H, W, 3), upright (EXIF), alpha over white, the first picture of an animation. UserError if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL would clip them
+                    grey = np.asarray(image, np.float64)
+                    image = Image.fromarray((grey * (255 / max(grey.max(), 255))).astype(np.uint8))
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise UserError(f"{path} is not a picture that can be read ({e})") from None
+
+
+def read_video(path):
+    """Yield every frame of a video as an av.VideoFrame, with pts and time_base, streaming.
+
+    UserError if there is no frame to be had; what ends early is used as far as it goes, with a warning.
+    """
+    import av
+    if not os.path.exists(path):
+        raise UserError(f"no file {path}")
+    last, count, expected, problem = None, 0, 0, "the file ends early"
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path} has no video in it")
+            stream = container.streams.video[0]
+            expected = stream.frames
+            for frame in container.decode(stream):
+                frame.time_base = frame.time_base or stream.time_base
+                if frame.pts is None or (last is not None and frame.pts <= last):  # every frame needs a time of its own
+                    frame.pts = 0 if last is None else last + 1
+                last, count = frame.pts, count + 1
+                yield frame
+    except (av.FFmpegError, OSError) as e:
+        if not count:
+            raise UserError(f"{path} is not a video that can be read ({e.strerror or e})") from None
+        problem = e.strerror or str(e)
+    if not count:
+        raise UserError(f"{path} is a video without a frame that can be read")
+    if count < expected:
+        print(f"warning: {path}: only {count} of {expected} frames could be read ({problem})", file=sys.stderr)
+
+
+def count_frames(path):
+    """How many frames a video has, without decoding it; 0 if it cannot be read."""
+    import av
+    try:
+        with av.open(os.fspath(path)) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+    except (av.FFmpegError, OSError, IndexError):
+        return 0
+
+
+def to_rgb(frame):
+    """av.VideoFrame -> uint8 (H, W, 3), upright: phones store the rotation beside the pixels."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+
+
+def write_video(path, frames, pts, time_base, sound_from=None):
+    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name.
+
+    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
+    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
+    or encoded anew as AAC where mp4 cannot hold its codec.
+    """
+    import av
+    from fractions import Fraction
+    temporary = f"{path}.{os.getpid()}.tmp"
+    base = Fraction(*map(int, time_base))
+    step = np.median(np.diff(pts)) * float(base) if len(pts) > 1 else 1 / 25
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with av.open(temporary, "w", format="mp4", options={"movflags": "faststart", "video_track_timescale": str(base.denominator)}) as out:
+            stream = out.add_stream("libx264", rate=Fraction(1 / step).limit_denominator(1001), options={"crf": "16"})
+            sound = _sound(sound_from, out) if sound_from else iter(())
+            heard = next(sound, None)
+            for frame, stamp in zip(frames, pts, strict=True):
+                if not stream.width or stream.height != len(frame):  # the size must be set before the first mux
+                    stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                    stream.codec_context.time_base = base
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts, picture.time_base = int(stamp), base
+                while heard and (heard.pts or 0) * heard.time_base <= stamp * base:  # interleaved: memory stays flat
+                    out.mux(heard)
+                    heard = next(sound, None)
+                out.mux(stream.encode(picture))
+            out.mux(stream.encode())
+            while heard:
+                out.mux(heard)
+                heard = next(sound, None)
+        os.replace(temporary, path)
+    except (av.FFmpegError, OSError) as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _sound(path, out):
+    """Add an audio stream to `out` and return an iterator over its packets; without sound, an empty one."""
+    import av
+    source = av.open(os.fspath(path))
+    if not source.streams.audio:
+        return iter(())
+    audio = source.streams.audio[0]
+    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac"}
+    stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
+
+    def packets():
+        with source:
+            try:
+                for packet in source.demux(audio):
+                    if not copy:
+                        for frame in packet.decode():
+                            yield from stream.encode(frame)
+                    elif packet.dts is not None:  # the last one is empty, for flushing
+                        packet.stream = stream
+                        yield packet
+                if not copy:
+                    yield from stream.encode()
+            except av.FFmpegError as e:
+                print(f"warning: the sound of {path} ends early ({e.strerror or e})", file=sys.stderr)
+
+    return packets()
+
+
+class Track(NamedTuple):
+    """The landmarks of a video, in pixels of its upright frames; times are pts * time_base[0] / time_base[1] seconds."""
+    points: np.ndarray      # (n, 68, 2) float32; a frame without a face repeats the face before it
+    found: np.ndarray       # (n,) bool
+    pts: np.ndarray         # (n,) int64
+    time_base: np.ndarray   # (2,) int64
+    detector: str           # fan | dlib
+
+    def seconds(self):
+        return self.pts * (self.time_base[0] / self.time_base[1])
+
+    def in_crops(self, size):
+        """The landmarks in the pixels of a steady size x size crop, (n, 68, 2)."""
+        return to_crop(self.points, steady_boxes(self.points, self.seconds()), size)
+
+
+def track_video(path, detect, detector, keep=lambda k: True, progress=False):
+    """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
+    points, pts = [], []
+    for k, frame in enumerate(tqdm(read_video(path), "landmarks", unit=" frames", disable=not progress)):
+        if keep(k):
+            points.append(detect(to_rgb(frame)))
+            pts.append(frame.pts)
+    found = np.array([p is not None for p in points])
+    if not found.any():
+        raise UserError(f"no face found in any of the {len(points)} frames of {path}")
+    before = np.maximum.accumulate(np.where(found, np.arange(len(points)), np.argmax(found)))
+    base = frame.time_base
+    return Track(np.stack([points[k] for k in before]), found, np.array(pts, np.int64),
+                 np.array([base.numerator, base.denominator], np.int64), detector)
+
+
+def save_track(path, track):
+    """Write a track as .npz, by way of a temporary name."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **track._asdict())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_track(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            track = Track(*(file[name] for name in Track._fields))
+        n = len(track.pts)
+        shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
+        if n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all() or (track.time_base < 1).any():
+            raise ValueError("its arrays are not those of a track")
+        return track._replace(detector=str(track.detector))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
+        raise UserError(f"{path} is not a landmark track ({e})") from None
+
+
+def faces_in(path, detect, detector, size, max_frames=0):
+    """Yield (crop uint8 (size, size, 3), points (68, 2) in the crop) of a photo, or of a clip's frames that show a face.
+
+    max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
+    """
+    if Path(path).suffix.lower() not in CLIPS:
+        image = read_photo(path)
+        points = detect(image)
+        if points is None:
+            raise UserError(f"no face found in {path}; if there is one, cut the picture closer to it")
+        box = face_box(points)
+        yield crop(image, box, size), to_crop(points, box, size)
+        return
+    count = count_frames(path) if max_frames else 0
+    chosen = set(np.linspace(0, count - 1, max_frames).round().astype(int)) if count > max_frames else range(sys.maxsize)
+    track = track_video(path, detect, detector, lambda k: k in chosen)
+    boxes = steady_boxes(track.points, track.seconds())
+    kept = (frame for k, frame in enumerate(read_video(path)) if k in chosen)
+    for frame, box, points, found in zip(kept, boxes, track.points, track.found):
+        if found:
+            yield crop(to_rgb(frame), box, size), to_crop(points, box, size)
+
+
+# ----------------------------------------------------------------------------------- preparing a folder
+
+def find_sequences(root):
+    """-> {name: [files]} of the sequences below root, and the names of folders that hold neither clips nor photos."""
+    sequences, empty = {}, []
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort()
+        files = [Path(folder, n) for n in sorted(names) if Path(n).suffix.lower() in PHOTOS | CLIPS]
+        name = os.path.relpath(folder, root)
+        if name == ".":
+            clips = [f for f in files if f.suffix.lower() in CLIPS]
+            sequences |= {f.name: [f] for f in clips}
+            files, name = [f for f in files if f not in clips], "photos"
+        elif not files and not subfolders:
+            empty.append(name)
+        if files:
+            sequences[name] = files
+    return sequences, empty
+
+
+_detect = None  # each worker process builds its detector once
+
+
+def _start_worker(kind):
+    global _detect
+    torch.set_num_threads(1)
+    _detect = landmark_detector(kind)
+
+
+def _prepare(files, out, kind, size, max_frames):
+    """One sequence -> one file. Returns (frames stored, [what could not be used])."""
+    photos = [f for f in files if f.suffix.lower() not in CLIPS]
+    clips = [f for f in files if f.suffix.lower() in CLIPS]
+    if max_frames and len(photos) > max_frames:
+        photos = [photos[k] for k in np.linspace(0, len(photos) - 1, max_frames).round().astype(int)]
+    jpegs, landmarks, problems = [], [], []
+    for file in photos + clips:
+        try:
+            for face, points in faces_in(file, _detect, kind, size, -(-max_frames // max(1, len(clips)))):
+                buffer = io.BytesIO()
+                Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
+                jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
+                landmarks.append(torch.from_numpy(points))
+        except UserError as e:
+            problems.append(str(e))
+        except Exception as e:  # one odd file among a million must not stop the rest; it is named in the summary
+            problems.append(f"{file}: {type(e).__name__}: {e}")
+    if len(jpegs) < 2:
+        return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
+    offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
+    save_atomic({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
+                 "image_size": size, "detector": kind}, out)
+    return len(jpegs), problems
+
+
+def prepare(videos, out, kind, size, max_frames, workers):
+    """`python data.py`: every sequence below `videos` becomes a file in `out`. Prints a summary."""
+    if not os.path.isdir(videos):
+        raise UserError(f"no folder {videos}: name the one that holds the videos or photos with --videos DIR")
+    sequences, empty = find_sequences(videos)
+    if not sequences:
+        raise UserError(f"{videos} holds neither videos nor photos")
+    there = PreparedVideos(out) if any(Path(out).rglob("*.pt")) else None
+    if there and (there.image_size, there.detector) != (size, kind):
+        raise UserError(f"{out} was prepared with --image-size {there.image_size} --landmarks {there.detector}: "
+                        "name the same, or another --out")
+    todo = {name: files for name, files in sequences.items() if not os.path.exists(f"{out}/{name}.pt")}
+    landmark_detector(kind)  # fails here, before the workers start, if it cannot be built
+    done, frames, problems = 0, 0, [f"{name}: no videos or photos in this folder" for name in empty]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (kind,)) as pool:
+        jobs = {pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames): name for name, files in todo.items()}
+        for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
+            count, what = job.result()
+            done, frames, problems = done + (count > 0), frames + count, problems + what
+    print(f"{out}: {done} sequences with {frames} frames prepared, {len(sequences) - len(todo)} were there already")
+    if problems:
+        print(f"not used ({len(problems)}):", *sorted(problems), sep="\n  ")
+    if done == 0 and len(sequences) == len(todo):
+        raise UserError(f"nothing in {videos} could be used")
+
+
+# --------------------------------------------------------------------------------- datasets and episodes
+
+class PreparedVideos:
+    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, ts): some of them."""
+
+    def __init__(self, folder, image_size=None):
+        self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
+        if not self.files:
+            raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR --out {folder}`, "
+                            "or train on drawn heads with --toy")
+        first = self._open(0)
+        self.detector, stored = first["detector"], first["image_size"]
+        self.image_size = image_size or stored
+        if self.image_size > stored:
+            raise UserError(f"{folder} was prepared at {stored} pixels: prepare it again with --image-size {image_size}")
+
+    def _open(self, i):
+        try:  # memory-mapped: a few frames of a long video cost a few frames
+            return torch.load(self.files[i], mmap=True, weights_only=True)
+        except Exception as e:
+            raise UserError(f"{self.files[i]} is damaged ({type(e).__name__}): delete it and run data.py again") from None
+
+    def __len__(self):
+        return len(self.files)
+
+    def load(self, i, choose):
+        """choose(count) -> frame numbers ts; returns frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) in pixels."""
+        sequence, S = self._open(i), self.image_size
+        frames, ts = [], choose(len(sequence["landmarks"]))
+        for t in ts:
+            start, end = sequence["offsets"][t:t + 2].tolist()
+            image = Image.open(io.BytesIO(sequence["jpeg"][start:end].numpy()))
+            image.draft("RGB", (S, S))  # the JPEG decoder itself can shrink by 2, 4, 8
+            frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.LANCZOS)))
+        points = sequence["landmarks"][ts].numpy()
+        return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
+
+
+class Episodes(torch.utils.data.Dataset):
+    """Sec. 3.2: item n = step * slots + slot is an episode, a pure function of (seed, step, rank, slot).
+
+    So resuming is exact, and the order does not depend on the number of loader workers. Item: (row, x, y): x, y uint8
+    (K+1, 3, S, S), the target frame t first, then s_1 ... s_K; row: the sequence's row in this rank's W.
+    Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
+    """
+
+    def __init__(self, videos, K, slots, seed=0, rank=0, world=1):
+        self.videos, self.K, self.slots, self.seed, self.rank, self.world = videos, K, slots, seed, rank, world
+        self.rows = len(range(rank, len(videos), world))
+        if not self.rows:
+            raise UserError(f"{len(videos)} sequences are too few for {world} ranks")
+
+    def __len__(self):
+        return sys.maxsize  # drawn without end
+
+    def __getitem__(self, n):
+        step, slot = divmod(n, self.slots)
+        rng = np.random.default_rng((self.seed, step, self.rank, slot))
+        row = int(rng.integers(self.rows))
+        frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K))
+        x, y = to_tensors(frames, points)
+        return row, x, y
+
+
+def draw_frames(rng, count, K):
+    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat."""
+    t = int(rng.integers(count))
+    others = np.delete(np.arange(count), t)
+    return [t, *rng.choice(others, K, replace=len(others) < K).tolist()]
+
+
+def to_tensors(frames, points):
+    """Frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) -> x, y uint8 (k, 3, S, S), y drawn here (Sec. 3.1)."""
+    y = np.stack([draw_landmarks(p, frames.shape[1]) for p in points])
+    return tuple(torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in (frames, y))
+
+
+def to_float(images, device="cpu"):
+    """uint8 -> float32 in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float tensor (..., 3, S, S) in [-1, 1] -> uint8 array (..., S, S, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+class ToyHeads:
+    """Drawn heads with known landmarks, for learning and tests: needs no files, no detector and no download.
+
+    Head i has a face shape, skin, hair, eyes and a background of its own; its frame t a pose: yaw, pitch, roll, blink,
+    mouth. The same interface as PreparedVideos: `heads` heads from number `first` on, each with 64 frames.
+    """
+    detector = "dlib"
+
+    def __init__(self, heads, image_size=64, first=0):
+        self.heads, self.image_size, self.first = heads, image_size, first
+
+    def __len__(self):
+        return self.heads
+
+    def load(self, i, choose):
+        pairs = [self.draw(self.first + i, t) for t in choose(64)]
+        return np.stack([f for f, _ in pairs]), np.stack([p for _, p in pairs])
+
+    def draw(self, i, t):
+        """Frame t of head i -> uint8 (S, S, 3), points (68, 2) in pixels."""
+        who, pose = np.random.default_rng((1, i)), np.random.default_rng((2, i, t))
+        width, chin, eye, eye_gap, lip, fringe, long = who.uniform((.85, 1.0, .13, .38, .05, -.2, .0), (1.1, 1.3, .19, .46, .1, .25, 1.6))
+        skin = np.array((255, 214, 180)) * who.uniform(.35, 1) * who.uniform(.92, 1.08, 3)
+        hair, iris, wall, shirt = who.uniform(15, 200, 3), who.uniform(20, 170, 3), who.uniform(40, 240, (2, 3)), who.uniform(20, 235, 3)
+        yaw, pitch, roll = pose.uniform((-.6, -.25, -.2), (.6, .25, .2))
+        blink, smile = pose.uniform(0, 1) ** .5, pose.uniform(-.05, .06)
+        mouth, shift = max(0, pose.uniform(-.1, .25)), pose.uniform(-.12, .12, 2)
+
+        # the 68 points in 3D: x to the right of the picture, y down, z towards the viewer; the jaw is about 1 wide
+        a, b = np.linspace(-1.6, 1.6, 17), np.linspace(0, 1, 5)
+        jaw = np.stack([width * np.sin(a), chin * np.cos(a) - .05, .8 * np.cos(a) - .7], 1)
+        brow = np.stack([-.72 + .5 * b, -.42 - .1 * np.sin(np.pi * b), .1 + .1 * b], 1)
+        bridge = np.stack([0 * b[:4], np.linspace(-.2, .22, 4), np.linspace(.2, .55, 4)], 1)
+        base = np.stack([-.2 + .4 * b, .34 + .05 * np.sin(np.pi * b), .25 + .1 * np.sin(np.pi * b)], 1)
+        c = np.radians([180, 120, 60, 0, -60, -120])
+        lid = np.stack([-eye_gap + eye * np.cos(c), -.18 - .55 * eye * blink * np.sin(c), .1 + 0 * c], 1)
+
+        def ring(n, w, h, gap):  # lips, from the left corner over the upper one and back
+            c = np.linspace(np.pi, -np.pi, n + 1)[:-1]
+            up = np.sin(c)
+            return np.stack([w * np.cos(c), .66 - h * up - gap * (up < -.01) * -up * -1 - smile * np.cos(c) ** 2, .25 - .15 * np.cos(c) ** 2], 1)
+
+        flip = np.array((-1, 1, 1))
+        points = np.concatenate([jaw, brow, (brow * flip)[::-1], bridge, base, lid, (lid * flip)[[3, 2, 1, 0, 5, 4]],
+                                 ring(12, .32, lip, mouth), ring(8, .26, .3 * lip, mouth)])
+        a = np.linspace(-1.6, 1.6, 15)
+        skull = np.stack([width * np.sin(a), -1.1 * np.cos(a) - .05, .6 * np.cos(a) - .7], 1)        # over the forehead
+        line = np.stack([width * np.sin(a), (-.75 + fringe) * np.cos(a) - .05, .75 * np.cos(a) - .65], 1)  # the hair's edge
+
+        cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+        turn = (np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, cp, -sp], [0, sp, cp]] @ [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+        S = self.image_size * 2
+        place = lambda p: (np.asarray(p) @ turn.T)[:, :2] * (S / 3.9) + S / 2 + (shift + (0, .12)) * (S / 3.9)
+        image = Image.new("RGB", (S, S), tuple(wall[0].astype(int)))
+        pen = ImageDraw.Draw(image)
+        fill = lambda p, colour: pen.polygon([tuple(q) for q in p], fill=tuple(np.clip(colour, 0, 255).astype(int)))
+        blob = lambda x, y, z, rx, ry: place(np.stack([x + rx * np.cos(k := np.linspace(0, 6.3, 24)), y + ry * np.sin(k), 0 * k + z], 1))
+        fill([(0, S * .62), (S, S * .5), (S, S), (0, S)], wall[1])
+        fill(blob(0, .1 + long / 2, -.9, width * 1.15, 1.25 + long / 2), hair * .8)                  # hair behind
+        still = lambda p: np.asarray(p) * (S / 3.9) + S / 2
+        fill(still([(-.45, .6), (.45, .6), (.5, 2), (-.5, 2)]), skin * .8)                            # neck
+        fill(still([(-1.6, 2), (-1.2, 1.55), (-.45, 1.35), (0, 1.5), (.45, 1.35), (1.2, 1.55), (1.6, 2)]), shirt)
+        jaw2, skull2, line2 = place(jaw), place(skull), place(line)
+        fill(np.concatenate([jaw2, skull2[::-1]]), skin)
+        fill(np.concatenate([skull2 + (skull2 - still([(0, 0)])) * .12, line2[::-1]]), hair)
+        q = place(points)
+        for lid_points, x in ((q[36:42], -eye_gap), (q[42:48], eye_gap)):
+            fill(lid_points, (245, 245, 245))
+            if blink > .35:
+                fill(blob(x, -.18, .1, eye * .4, eye * .5 * blink), iris)
+        for k in (slice(17, 22), slice(22, 27)):
+            pen.line([tuple(p) for p in q[k]], fill=tuple((hair * .7).astype(int)), width=S // 40)
+        pen.line([tuple(p) for p in q[[27, 30, 33]]], fill=tuple((skin * .8).astype(int)), width=S // 60)
+        pen.line([tuple(p) for p in q[31:36]], fill=tuple((skin * .65).astype(int)), width=S // 60)
+        fill(q[48:60], skin * (.8, .5, .5))
+        fill(q[60:68], (60, 15, 20))
+        return np.asarray(image.reduce(2)), ((q + .5) / 2 - .5).astype(np.float32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", default="videos", metavar="DIR", help="videos, or folders of frames or photos (default: videos)")
+    parser.add_argument("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
+    parser.add_argument("--landmarks", choices=("fan", "dlib"), default="fan", help="the detector (default: fan, the paper's)")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels of a crop (default: 256)")
+    parser.add_argument("--max-frames", type=int, default=128, help="frames kept per sequence, evenly spread; 0: all (default: 128)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    args = parser.parse_args()
+    prepare(args.videos, args.out, args.landmarks, args.image_size, args.max_frames, args.workers)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""Stage 1, Sec. 3.2: meta-learning of E, G and D on a prepared folder of many people's videos.
+
+    torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta     # the paper: 256 pixels, 8 GPUs
+    python meta_train.py --toy                                                    # drawn heads, minutes on a CPU
+    python meta_train.py ... --resume                                             # go on after a stop, exactly
+
+Writes to --out: step-N.pt (what finetune.py and infer.py read), step-N.rank-R.state (for --resume), log.csv and
+samples-N.png (rows of source, landmarks, target, result). Every default is the paper's.
+"""
+import argparse
+import csv
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader
+
+from data import Episodes, PreparedVideos, ToyHeads, run, to_float, to_uint8
+from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
+from model import Config, Discriminator, Embedder, Generator, UserError, load_checkpoint, save_atomic, save_checkpoint
+
+BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
+LOG_EVERY = 50
+COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
+TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=4e-4, lr_d=4e-4,
+           steps=2000, save_every=500, out="runs/toy")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
+    add("--out", default="runs/meta", metavar="DIR", help="folder of this run (default: runs/meta)")
+    add("--toy", action="store_true", help=f"drawn heads and small networks; changes the defaults to {TOY}")
+    add("--epochs", type=int, default=75, help="an epoch draws as many episodes as there are videos (75; the FF variant: 150)")
+    add("--steps", type=int, help="instead of --epochs")
+    add("--batch", type=int, default=48, help="episodes per step, over all ranks (48)")
+    add("--K", type=int, default=8, help="frames per episode that the embedder sees (8)")
+    add("--image-size", type=int, default=256)
+    add("--min-channels", type=int, default=64)
+    add("--max-channels", type=int, default=512)
+    add("--lr", type=float, default=5e-5, help="of E and G (5e-5)")
+    add("--lr-d", type=float, default=2e-4, help="of D (2e-4)")
+    add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
+    add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
+    add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
+    add("--no-match", action="store_true", help="the FF variant: no match loss, no fine-tuning later (give --epochs 150)")
+    add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints and sample grids (1000)")
+    add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    add("--seed", type=int, default=0)
+    if parser.parse_known_args()[0].toy:
+        parser.set_defaults(**TOY)
+    args = parser.parse_args()
+    for name in ("epochs", "steps", "batch", "K", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    return args
+
+
+def checkpoints(out, world):
+    """Steps of the complete checkpoints in `out`, ascending: the .pt is renamed last, so where it is, all is."""
+    return sorted(int(m[1]) for f in Path(out).glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)\.pt", f.name)))
+
+
+def save(out, step, config, E, G, D, optimizers, run_id, rank, world):
+    """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
+    state = {"run": run_id, "D": D.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    save_atomic(state, f"{out}/step-{step}.rank-{rank}.state")
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
+        for old in checkpoints(out, world)[:-2]:
+            os.remove(f"{out}/step-{old}.pt")  # first: without it the rest does not count
+            for file in Path(out).glob(f"step-{old}.rank-*.state"):
+                file.unlink()
+
+
+def resume(out, step, config, E, G, D, optimizers, run_id, rank, device):
+    """Put everything back as it was after `step`."""
+    ckpt = load_checkpoint(f"{out}/step-{step}.pt", device)
+    if ckpt["config"] != config:
+        raise UserError(f"{out}/step-{step}.pt was trained with {ckpt['config']}: resume with the same flags")
+    try:
+        state = torch.load(f"{out}/step-{step}.rank-{rank}.state", map_location=device, weights_only=True)
+    except Exception as e:
+        raise UserError(f"{out}/step-{step}.rank-{rank}.state cannot be read ({type(e).__name__})") from None
+    if state["run"] != run_id:
+        raise UserError(f"{out} was trained with {state['run']}, and this would be {run_id}: resume with the same")
+    E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
+    G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
+    D.load_state_dict(state["D"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+
+
+class Log:
+    """Means over the steps since the last line, aligned on the screen and as CSV."""
+
+    def __init__(self, path, start, total):
+        self.start, self.total, self.values, self.since, self.waited = start, total, [], time.time(), 0.0
+        self.began, self.last_step = time.time(), start
+        lines = Path(path).read_text().splitlines()[1:] if start and os.path.exists(path) else []
+        self.file = open(path, "w", newline="")
+        self.csv = csv.writer(self.file)
+        self.csv.writerow(COLUMNS)
+        self.csv.writerows(row for row in map(lambda s: s.split(","), lines) if int(row[0]) <= start)
+        print("".join(f"{c:>10}" for c in COLUMNS) + f"{'ETA':>10}", flush=True)
+
+    def write(self, step, samples_per_step):
+        now = time.time()
+        seconds, steps = max(now - self.since, 1e-9), step - self.last_step
+        means = torch.stack(self.values).mean(0).tolist()
+        row = [step, *(f"{m:.4f}" for m in means), f"{steps * samples_per_step / seconds:.1f}", f"{100 * self.waited / seconds:.0f}"]
+        eta = int((now - self.began) / (step - self.start) * (self.total - step))
+        print("".join(f"{v:>10}" for v in row) + f"{eta // 3600:>4}:{eta // 60 % 60:02}:{eta % 60:02}", flush=True)
+        self.csv.writerow(row)
+        self.file.flush()
+        self.values, self.since, self.waited, self.last_step = [], now, 0.0, step
+
+
+@torch.no_grad()
+def sample_grid(path, E, G, episodes, device, rows=8):
+    """A PNG with a row per episode: source s_1, landmarks y(t), target x(t), result x_hat(t)."""
+    x, y = (torch.stack([to_float(episodes[n][k], device) for n in range(rows)]) for k in (1, 2))   # (rows, K+1, 3, S, S)
+    e = torch.stack([E.eval()(x[n, 1:], y[n, 1:]).mean(0) for n in range(rows)])                    # (rows, N)
+    grid = torch.stack([x[:, 1], y[:, 0], x[:, 0], G.eval()(y[:, 0], e)], dim=1)                    # (rows, 4, 3, S, S)
+    E.train(), G.train()
+    Image.fromarray(np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)).save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+def autocast(device):
+    """bfloat16 where the device multiplies it fast: CUDA from Ampere on, CPUs with AMX. float32 elsewhere."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(fast))
+
+
+def main():
+    args = parse()
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    slots, rest = divmod(args.batch, world)
+    if rest or not slots:
+        raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} ranks")
+    videos = ToyHeads(1000, args.image_size) if args.toy else PreparedVideos(args.data, args.image_size)
+    unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
+    episodes = Episodes(videos, args.K, slots, args.seed, rank, world)
+    examples = Episodes(unseen, args.K, 8, args.seed + 1)
+    steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
+    config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
+                    not args.no_match, args.K, args.lr, args.lr_d)
+    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "videos": len(videos)}
+    done = checkpoints(args.out, world)
+    if done and not args.resume:
+        raise UserError(f"{args.out} already holds {len(done)} checkpoints: add --resume, or name another --out")
+    start = done[-1] if done else 0
+    if start >= steps:
+        print(f"{args.out} is finished: step {start} of {steps}")
+        return
+
+    content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)            # the networks start equal on every rank ...
+    layout = dict(device=device, memory_format=torch.channels_last)  # a quarter faster than contiguous tensors
+    E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
+    config_D = Config(**vars(config) | {"num_videos": episodes.rows})
+    D = Discriminator(config_D).to(**layout)
+    torch.manual_seed(args.seed + 1 + rank) # ... and only then do the ranks part
+    optimizer_EG = torch.optim.Adam([*E.parameters(), *G.parameters()], args.lr, BETAS)
+    optimizer_D = torch.optim.Adam([*D.V.parameters(), D.w0, D.b], args.lr_d, BETAS)
+    optimizer_W = torch.optim.SparseAdam([D.W], args.lr_d, BETAS)  # touches the rows of a batch, not 145 k of them
+    optimizers = [optimizer_EG, optimizer_D, optimizer_W]
+    if start:
+        resume(args.out, start, config, E, G, D, optimizers, run_id, rank, device)
+    parallel = {"device_ids": [local] if device.type == "cuda" else None}
+    # A.4: gradients are reduced across the GPUs "only for the generator and the embedder"; D stays each rank's own
+    E_ddp, G_ddp = (DDP(E, **parallel), DDP(G, **parallel)) if world > 1 else (E, G)
+
+    workers = min(8, max(1, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    loader = iter(DataLoader(episodes, slots, sampler=range(start * slots, steps * slots), num_workers=workers,
+                             pin_memory=device.type == "cuda"))
+    os.makedirs(args.out, exist_ok=True)
+    log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
+
+    for step in range(start + 1, steps + 1):
+        waiting = time.time()
+        row, x, y = next(loader)                                        # (B,), (B, K+1, 3, S, S) uint8 twice
+        waited = time.time() - waiting
+        row, x, y = row.to(device), to_float(x, device), to_float(y, device)
+        x_t, y_t, x_s, y_s = x[:, 0], y[:, 0], x[:, 1:], y[:, 1:]       # (B, 3, S, S), (B, K, 3, S, S)
+
+        # (1) update E and G: eq. 3
+        D.requires_grad_(False)
+        with autocast(device):
+            e = E_ddp(x_s.flatten(0, 1), y_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])  # (B, K, N)
+            x_hat = G_ddp(y_t, e.mean(1))                               # eq. 1 and 2: (B, 3, S, S)
+            w_i = D.rows(row)                                           # (B, N)
+            fake_score, fake_features = D(x_hat, y_t, w_i + D.w0)       # eq. 5
+            with torch.no_grad():
+                real_features = D(x_t, y_t, w_i + D.w0)[1]
+            cnt = content(x_hat, x_t)
+            adv = adversarial_loss(fake_score)
+            fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
+            mch = MATCH_WEIGHT * match_loss(e, w_i)
+        loss = cnt + adv + fm + (mch if config.match else 0)
+        optimizer_EG.zero_grad()
+        loss.backward()
+        optimizer_EG.step()
+
+        # (2) update D twice, on the same batch: eq. 6
+        D.requires_grad_(True)
+        x_both, y_both = torch.cat([x_t, x_hat.detach().float()]), torch.cat([y_t, y_t])    # real, then generated
+        for _ in range(2):
+            with autocast(device):
+                w = D.rows(row) + D.w0
+                real_score, fake_score = D(x_both, y_both, torch.cat([w, w]))[0].chunk(2)
+            dsc = hinge_loss(real_score, fake_score)
+            optimizer_D.zero_grad()
+            optimizer_W.zero_grad()
+            dsc.backward()
+            optimizer_D.step()
+            optimizer_W.step()
+
+        # (3) log
+        last = step % args.save_every == 0 or step == steps
+        if rank == 0:
+            norms = e.detach().norm(dim=2).mean(), w_i.norm(dim=1).mean()
+            log.values.append(torch.stack([v.detach().float() for v in (cnt, adv, fm, mch, dsc, *norms)]))
+            log.waited += waited
+            if step % LOG_EVERY == 0 or last:
+                log.write(step, args.batch)
+
+        # (4) save
+        if last:
+            if rank == 0:
+                sample_grid(f"{args.out}/samples-{step}.png", E, G, examples, device)
+            save(args.out, step, config, E, G, D, optimizers, run_id, rank, world)
+
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
