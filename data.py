@@ -40,6 +40,13 @@ def run(main):
         sys.exit(print("stopped", file=sys.stderr) or 130)
 
 
+def check_writable(path):
+    """UserError now rather than after minutes of work, if no file can be written at `path`."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: " + ("it is a folder" if os.path.isdir(path) else f"no folder {folder} to write to"))
+
+
 # ------------------------------------------------------------------------------------------- landmarks
 
 LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and left are the person's own
@@ -171,9 +178,8 @@ def read_photo(path):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL would clip them
-                    grey = np.asarray(image, np.float64)
-                    image = Image.fromarray((grey * (255 / max(grey.max(), 255))).astype(np.uint8))
+                if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
+                    image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

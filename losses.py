@@ -110,6 +110,8 @@ def read_matconvnet(path):
     Its networks were converted from Caffe and expect RGB, 0-255, minus the mean. UserError on any other file.
     """
     from scipy.io import loadmat  # arrives with face-alignment; only this function needs it
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
     try:
         mat = loadmat(path, squeeze_me=True, struct_as_record=False)
         meta = mat.get("meta")
@@ -120,11 +122,9 @@ def read_matconvnet(path):
             if layer.type == "conv":
                 filters, bias = (torch.as_tensor(w, dtype=torch.float32) for w in layer.weights)
                 layers.append((filters, bias.flatten()))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
     except Exception as e:  # scipy raises many types on foreign or damaged files
         raise UserError(f"{path} is not a MatConvNet network ({type(e).__name__}: {e})") from None
-    # H x W x in x out; squeeze_me took away axes of length 1, and only fully connected layers have such
+    # H x W x in x out; squeeze_me took away axes of length 1, which only the classifier's 1x1 layers have: not needed
     return [(f.permute(3, 2, 0, 1).contiguous(), b) for f, b in layers if f.dim() == 4], mean
 
 

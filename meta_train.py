@@ -29,8 +29,8 @@ from model import Config, Discriminator, Embedder, Generator, UserError, load_ch
 BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
 LOG_EVERY = 50
 COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
-TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=4e-4, lr_d=4e-4,
-           steps=2000, save_every=500, out="runs/toy")
+TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,
+           steps=1500, save_every=300, out="runs/toy")
 
 
 def parse():
@@ -58,9 +58,10 @@ def parse():
     if parser.parse_known_args()[0].toy:
         parser.set_defaults(**TOY)
     args = parser.parse_args()
-    for name in ("epochs", "steps", "batch", "K", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: more than 0 is needed")
     return args
 
 

@@ -232,7 +232,8 @@ class Discriminator(nn.Module):
         super().__init__()
         N = cfg.max_channels
         self.V = ConvNet(cfg, last_block=True)
-        self.W = nn.Parameter(torch.empty(cfg.num_videos, N).uniform_(-0.1, 0.1))
+        # Of the embeddings' sign and size at the start: around zero, L_MCH pulls every e below the ReLU, where it dies.
+        self.W = nn.Parameter(torch.rand(cfg.num_videos, N))
         self.w0 = nn.Parameter(torch.empty(N).uniform_(-1 / math.sqrt(N), 1 / math.sqrt(N)))
         self.b = nn.Parameter(torch.zeros(()))
 

@@ -1,0 +1,130 @@
+"""Stage 2, Sec. 3.3: few-shot learning of a new person by fine-tuning on T photos or frames.
+
+    python finetune.py --photos A.jpg B.jpg --out person.pt
+    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/meta/step-1000.pt
+
+Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
+"""
+import argparse
+import os
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import check_writable, faces_in, landmark_detector, run, to_float, to_tensors
+from losses import FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
+from model import UserError, load_checkpoint, load_networks, save_checkpoint
+
+CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "toy.pt")
+BATCH = 8               # A.1: batches of 8 images for T larger than 1
+
+
+def load_faces(paths, config, detect, max_frames=32):
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
+    pairs = [pair for path in paths for pair in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
+    frames, points = (np.stack(part) for part in zip(*pairs))
+    return tuple(map(to_float, to_tensors(frames, points)))
+
+
+@torch.no_grad()
+def embed(E, x, y):
+    """e_NEW, eq. 7: the mean of the embeddings of T frames, (T, 3, S, S) twice -> (N,)."""
+    return torch.cat([E(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH))]).mean(0)
+
+
+def finetune(E, G, D, x, y, config, content, epochs=40, seed=0, progress=False):
+    """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
+
+    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
+    Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
+    """
+    e_new = embed(E, x, y)
+    with torch.no_grad():  # psi' and w' exist before the optimizers do: else they would never be trained
+        psi = nn.Parameter(G.project(e_new[None])[0])           # psi' = P e_NEW
+        w = nn.Parameter(D.w0 + e_new)                          # w'   = w0 + e_NEW
+    betas = (0.0, 0.999)
+    parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' has taken P's place
+    optimizer_G = torch.optim.Adam([*parameters_G, psi], config.lr, betas)
+    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, betas)
+
+    shuffle, history = torch.Generator().manual_seed(seed), []
+    G.train(), D.train()
+    for _ in tqdm(range(epochs), "fine-tuning", unit=" epochs", disable=not progress):
+        for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
+            # (1) update psi and psi': eq. 9
+            D.requires_grad_(False)
+            x_hat = G.render(y[t], psi.expand(len(t), -1))                      # (B, 3, S, S)
+            fake_score, fake_features = D(x_hat, y[t], w.detach())              # eq. 8
+            with torch.no_grad():
+                real_features = D(x[t], y[t], w)[1]
+            cnt = content(x_hat, x[t])
+            adv = adversarial_loss(fake_score)
+            fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
+            optimizer_G.zero_grad()
+            (cnt + adv + fm).backward()
+            optimizer_G.step()
+            # (2) update theta, w' and b twice: eq. 10
+            D.requires_grad_(True)
+            x_both, y_both = torch.cat([x[t], x_hat.detach()]), torch.cat([y[t], y[t]])
+            for _ in range(2):
+                real_score, fake_score = D(x_both, y_both, w)[0].chunk(2)
+                dsc = hinge_loss(real_score, fake_score)
+                optimizer_D.zero_grad()
+                dsc.backward()
+                optimizer_D.step()
+            history.append({"cnt": cnt.item(), "adv": adv.item(), "fm": fm.item(), "dsc": dsc.item()})
+    G.eval(), D.eval()
+    return psi.detach(), w.detach(), history
+
+
+def learn_person(state, paths, device, epochs, detect=None, content=None, **files):
+    """A loaded checkpoint and photos -> (config, G folded and without P, psi', source): what a person file holds.
+
+    epochs=0: feed-forward. content and files: see ContentLoss; by default the checkpoint's kind. source: (3, S, S).
+    """
+    config = state["config"]
+    if epochs and not config.match:
+        raise UserError("this checkpoint was trained without the match loss (the FF variant), which the paper uses "
+                        "without fine-tuning only: infer.py --feed-forward does that")
+    x, y = load_faces(paths, config, detect or landmark_detector(config.landmarks))
+    x, y = x.to(device), y.to(device)
+    loss = ContentLoss(content or config.content, **files).to(device) if epochs else None
+    E, G, D = load_networks(state)
+    psi = finetune(E, G, D, x, y, config, loss, epochs, progress=epochs > 0)[0]
+    G.P = nn.Identity()
+    return config, G.fold(), psi, x[0]
+
+
+def save_person(path, config, G, psi, source):
+    save_checkpoint(path, "person", config, G=G, psi=psi, source=source)
+
+
+def default_device():
+    """CUDA, else Apple's MPS (untested here), else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
+    parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the photos (40)")
+    parser.add_argument("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
+    parser.add_argument("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
+    parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
+    args = parser.parse_args()
+    if args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
+    check_writable(args.out)
+    device = default_device()
+    person = learn_person(load_checkpoint(args.checkpoint, device), args.photos, device, args.epochs,
+                          content=args.content, vgg19=args.vgg19, vggface=args.vggface)
+    save_person(args.out, *person)
+    print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
+
+
+if __name__ == "__main__":
+    run(main)

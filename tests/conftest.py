@@ -1,0 +1,108 @@
+"""Shared by the tests: small networks, a real photo, a clip made from it, and scripts run as a user runs them."""
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import landmark_detector
+from model import Config, Discriminator, Embedder, Generator, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTO = ROOT / "assets" / "astronaut.jpg"
+TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1")
+TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2", "--batch", "2"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def script(*args, cwd, timeout=300, **env):
+    """Run `python SCRIPT ARGS` in an empty folder; no accelerator, no download."""
+    command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"} | env
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def succeed(*args, **options):
+    result = script(*args, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fail(*args, **options):
+    """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
+    result = script(*args, **options)
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (result.returncode, result.stderr)
+    return lines[0]
+
+
+def networks(size=64, num_videos=4, **config):
+    torch.manual_seed(0)
+    cfg = Config(image_size=size, num_videos=num_videos, **TINY | config)
+    return cfg, Embedder(cfg), Generator(cfg), Discriminator(cfg)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny, untrained meta checkpoint."""
+    cfg, E, G, D = networks()
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
+    save_checkpoint(path, "meta", cfg, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
+    return path
+
+
+@pytest.fixture(scope="session")
+def detect():
+    return landmark_detector("dlib")
+
+
+@pytest.fixture(scope="session")
+def face():
+    """The astronaut's head, uint8 (200, 240, 3): small and not square."""
+    return np.asarray(Image.open(PHOTO).crop((110, 0, 350, 200)))
+
+
+def write_clip(path, frames, pts, sound=True, rate=25):
+    """An mp4 of frames uint8 (H, W, 3) with time stamps in 1/12800 s and a tone."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=rate, options={"crf": "10"})
+        video.height, video.width, video.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        video.codec_context.time_base = Fraction(1, 12800)
+        audio = out.add_stream("aac", rate=16000, layout="mono") if sound else None
+        for frame, stamp in zip(frames, pts):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture.pts, picture.time_base = int(stamp), Fraction(1, 12800)
+            out.mux(video.encode(picture))
+        out.mux(video.encode())
+        if sound:
+            samples = int(16000 * (pts[-1] + 512) / 12800)
+            tone = (np.sin(np.arange(samples) * 0.2) * 8000).astype(np.int16)[None]
+            note = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+            note.rate, note.pts = 16000, 0
+            out.mux(audio.encode(note))
+            out.mux(audio.encode())
+
+
+def moving(face, n):
+    """n frames of 160 x 200 in which the head moves; frame 0 is the middle."""
+    return [face[20 + k % 3:180 + k % 3, 20 + 2 * (k % 5):220 + 2 * (k % 5)] for k in range(n)]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, face):
+    """20 frames at a variable rate, with sound; no face in frames 7 and 8."""
+    frames = moving(face, 20)
+    frames[7] = frames[8] = np.zeros_like(frames[0])
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write_clip(path, frames, np.cumsum([512] * 10 + [768] * 10) - 512)
+    return path

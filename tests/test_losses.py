@@ -1,0 +1,136 @@
+"""losses.py against numbers worked out by hand, and MatConvNet files that the tests write themselves."""
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torchvision.models.vgg import cfgs
+
+from conftest import networks
+from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
+from model import UserError
+
+
+def test_hinge_and_adversarial_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.25])
+    assert hinge_loss(real, fake).item() == pytest.approx((0 + 0.5 + 0 + 1.25) / 2)     # eq. 6
+    assert adversarial_loss(fake).item() == pytest.approx(1.375)                        # eq. 4
+
+
+def test_feature_matching_by_hand():
+    fake = [torch.zeros(1, 2, 2, 2, requires_grad=True), torch.full((1, 1), 3.0, requires_grad=True)]
+    real = [torch.ones(1, 2, 2, 2, requires_grad=True), torch.ones(1, 1, requires_grad=True)]
+    loss = feature_matching_loss(fake, real)
+    loss.backward()
+    assert loss.item() == pytest.approx((1 + 2) / 2)                                    # a mean per block, then over blocks
+    assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
+
+
+def test_match_by_hand_is_per_embedding_and_moves_e_but_not_w():
+    e = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)                   # (B=1, K=2, N=2); mean 0
+    w = torch.zeros(1, 2, requires_grad=True)
+    loss = match_loss(e, w)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5)                                            # of the mean it would be 0
+    assert e.grad.abs().sum() > 0 and w.grad is None
+
+
+def test_match_loss_reaches_the_embedder_only():
+    cfg, E, G, D = networks()
+    x = torch.rand(4, 3, 64, 64)
+    match_loss(E(x, x).unflatten(0, (2, 2)), D.rows(torch.tensor([0, 1]))).backward()
+    assert any(p.grad.abs().sum() > 0 for p in E.parameters()) and D.W.grad is None
+
+
+def matconvnet(path, letter, layers, meta, average, seed=0):
+    """A file as MatConvNet publishes them: a cell array of layers, with the mean under `meta` or, older, at the top."""
+    rng, c_in, cells = np.random.default_rng(seed), 3, []
+    for width in cfgs[letter]:
+        if width == "M":
+            cells.append({"type": "pool", "name": "pool", "method": "max", "pool": [2.0, 2.0], "stride": 2.0, "pad": 0.0})
+            continue
+        weights = np.empty((1, 2), object)
+        weights[0, 0] = (rng.standard_normal((3, 3, c_in, width)) * (2 / (9 * c_in)) ** .5).astype(np.float32)
+        weights[0, 1] = rng.standard_normal((1, width)).astype(np.float32)
+        cells += [{"type": "conv", "name": "conv", "weights": weights, "pad": 1.0, "stride": 1.0}, {"type": "relu", "name": "relu"}]
+        c_in = width
+    weights = np.empty((1, 2), object)
+    weights[0, 0], weights[0, 1] = np.zeros((1, 1, c_in, 10), np.float32), np.zeros((1, 10), np.float32)
+    cells.append({"type": "conv", "name": "fc8", "weights": weights})
+    cells.append({"type": "softmax", "name": "prob"})
+    array = np.empty((1, len(cells)), object)
+    array[0] = cells
+    normalization = {"averageImage": average, "imageSize": [224.0, 224.0, 3.0]}
+    savemat(path, {"layers": array, **({"meta": {"normalization": normalization}} if meta else {"normalization": normalization})})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mat")
+    vgg19, vggface = folder / "imagenet-vgg-verydeep-19.mat", folder / "vgg-face.mat"
+    matconvnet(vgg19, "E", None, True, np.array([123.68, 116.779, 103.939]).reshape(1, 1, 3), 1)
+    image = np.zeros((224, 224, 3), np.float32) + np.array([129.0, 104.0, 93.0], np.float32)
+    image[:112] += 1
+    image[112:] -= 1                                                                    # an image: its mean counts
+    matconvnet(vggface, "D", None, False, image, 2)
+    return vgg19, vggface
+
+
+def test_matconvnet_both_variants(files):
+    layers, mean = read_matconvnet(files[0])
+    assert len(layers) == 16 and torch.allclose(mean, torch.tensor([123.68, 116.779, 103.939]))
+    layers, mean = read_matconvnet(files[1])
+    assert len(layers) == 13 and torch.allclose(mean, torch.tensor([129.0, 104.0, 93.0]), atol=1e-3)
+
+
+def test_caffe_preprocessing_and_first_layer_by_hand(files):
+    """RGB, 0-255, minus the mean; filters H x W x in x out, not flipped."""
+    filters = np.random.default_rng(1).standard_normal((3, 3, 3, 64)) * (2 / 27) ** .5
+    term = ContentLoss("vgg", *files).terms[0]
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    pixels = (x[0].permute(1, 2, 0).double().numpy() + 1) / 2 * 255 - np.array([123.68, 116.779, 103.939])
+    patch = pixels[4:7, 7:10]                                                           # around row 5, column 8
+    expected = (patch[..., None] * filters).sum((0, 1, 2)) + read_matconvnet(files[0])[0][0][1].numpy()
+    assert np.allclose(term(x)[0][0, :, 5, 8].numpy(), np.maximum(expected, 0), rtol=1e-3, atol=1e-2)
+
+
+def test_content_loss_is_the_weighted_sum_over_the_papers_layers(files):
+    loss, x, y = ContentLoss("vgg", *files), torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = 0
+    for (path, letter, weight, indices) in ((files[0], "E", .15, [1, 6, 11, 20, 29]), (files[1], "D", .025, [1, 6, 11, 18, 25])):
+        layers, mean = read_matconvnet(path)
+        h, k, n = [(v + 1) / 2 * 255 - mean.view(1, 3, 1, 1) for v in (x, y)], 0, 0
+        for width in cfgs[letter]:
+            if width == "M":
+                h, k = [torch.nn.functional.max_pool2d(v, 2) for v in h], k + 1
+                continue
+            h, n, k = [torch.nn.functional.conv2d(v, *layers[n], padding=1).relu() for v in h], n + 1, k + 2
+            if k - 1 in indices:
+                expected += weight * (h[0] - h[1]).abs().mean().item()
+    assert loss(x, y).item() == pytest.approx(expected, rel=1e-4)
+    assert loss(x, x).item() == 0
+
+
+def test_content_loss_trains_the_picture_and_nothing_else():
+    loss = ContentLoss("l1")
+    x_hat, x = torch.zeros(1, 3, 8, 8, requires_grad=True), torch.full((1, 3, 8, 8), 0.25, requires_grad=True)
+    value = loss(x_hat, x)
+    assert value.item() == pytest.approx(100 * 0.25)
+    features = Features(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(inplace=True)), (1,), (0.,) * 3, (1.,) * 3, 1.0)
+    loss.terms.append(features.requires_grad_(False))
+    loss(x_hat, x).backward()
+    assert x_hat.grad.abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
+
+
+def test_without_vggface_it_says_what_is_lost(files, capsys):
+    assert len(ContentLoss("vgg", files[0]).terms) == 1
+    assert "VGGFace" in capsys.readouterr().err
+
+
+def test_files_that_are_no_such_networks(files, tmp_path):
+    other = tmp_path / "other.mat"
+    savemat(other, {"a": [1.0]})
+    (tmp_path / "text.mat").write_text("not a mat file")
+    for path, words in ((other, "not a MatConvNet network"), (tmp_path / "text.mat", "not a MatConvNet network"),
+                        (tmp_path / "none.mat", "no file"), (files[1], "does not hold a VGG19")):
+        with pytest.raises(UserError, match=words):
+            ContentLoss("vgg", path)

@@ -1,0 +1,140 @@
+"""model.py against the paper's numbers and against plain references."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from conftest import networks
+from model import AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, UserError, adain, load_checkpoint
+
+
+def millions(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def test_parameter_counts_are_the_papers():
+    cfg = Config()
+    E, G, D = Embedder(cfg), Generator(cfg), Discriminator(cfg)
+    assert [round(millions(m)) for m in (E, G, D.V)] == [15, 38, 20]            # Sec. 3.4
+    assert sum(G.psi_sizes) == G.P.weight.shape[0] == 13056
+    assert [b.conv2.out_channels for b in E.net.blocks] == [64, 128, 256, 512, 512, 512]
+    assert [b.conv2.out_channels for b in D.V.blocks] == [64, 128, 256, 512, 512, 512, 512]
+    assert [b.conv2.out_channels for b in G.up] == [512, 256, 128, 64]
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_shapes_and_where_attention_sits(size):
+    cfg, E, G, D = networks(size)
+    seen = {}
+    for name, net in (("E", E), ("G", G), ("D", D)):
+        for path, module in net.named_modules():
+            if isinstance(module, SelfAttention):
+                module.register_forward_hook(lambda m, a, out, key=f"{name}.{path}": seen.update({key: out.shape[-1]}))
+    x, y = torch.rand(2, 3, size, size) * 2 - 1, torch.rand(2, 3, size, size) * 2 - 1
+    e = E(x, y)
+    x_hat = G(y, e)
+    score, features = D(x_hat, y, D.rows(torch.tensor([0, 3])) + D.w0)
+    assert e.shape == (2, 16) and (e >= 0).all()
+    assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
+    assert score.shape == (2,) and [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
+    assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32, "G.attention_up": min(64, size // 2)}
+
+
+def test_attention_at_the_papers_size_has_256_channels():
+    G = Generator(Config())
+    assert G.attention_down.out.out_channels == G.attention_up.out.out_channels == 256
+    assert Embedder(Config()).net.attention.out.out_channels == 256
+
+
+def test_spectral_norm_on_every_conv_and_linear_layer_and_nothing_else():
+    for net in networks()[1:]:
+        for name, module in net.named_modules():
+            if name.endswith("parametrizations") or ".parametrizations." in name:
+                continue
+            assert parametrize.is_parametrized(module) == isinstance(module, (nn.Conv2d, nn.Linear)), name
+    G = networks()[2]
+    for _ in range(100):
+        G.P.weight  # each look in training mode is a step of the power iteration
+    for m in (G.P, G.bottleneck[0].conv1):
+        assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
+
+
+def test_every_parameter_gets_a_gradient():
+    cfg, E, G, D = networks()
+    x, y = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    D(G(y, E(x, y)), y, D.rows(torch.tensor([0, 1])) + D.w0)[0].sum().backward()
+    assert [n for net in (E, G, D) for n, p in net.named_parameters() if p.grad is None] == []
+    assert D.W.grad.is_sparse and D.W.grad.coalesce().indices().tolist() == [[0, 1]]
+
+
+def test_render_of_project_is_forward_and_folding_changes_nothing():
+    cfg, E, G, D = networks()
+    G.eval()
+    y, e = torch.rand(2, 3, 64, 64), torch.rand(2, 16) * 5
+    full = G(y, e)
+    assert torch.equal(full, G.render(y, G.project(e)))
+    assert torch.allclose(G.project(2 * e), 2 * G.project(e), atol=1e-6)        # psi_hat = P e_hat, a matrix
+    assert G.fold() is G and not any(parametrize.is_parametrized(m) for m in G.modules())
+    assert (G(y, e) - full).abs().max() < 1e-4
+
+
+def test_discriminator_is_eq_5():
+    cfg, E, G, D = networks()
+    D.eval()
+    x, y, w = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64), torch.randn(2, 16)
+    v = D.V(x, y)[0]
+    with torch.no_grad():
+        D.b.fill_(0.7)
+    assert torch.allclose(D(x, y, w)[0], torch.stack([v[0] @ w[0], v[1] @ w[1]]) + 0.7, atol=1e-5)
+
+
+def test_blocks_against_their_definition():
+    """The shortcuts (pooling before the 1x1 skip, upsampling after it) change nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 16, 16)
+    block = DownBlock(8, 16, norm=True).eval()
+    h = block.conv1(F.relu(F.instance_norm(x)))
+    h = block.conv2(F.relu(F.instance_norm(h)))
+    assert torch.allclose(block(x), F.avg_pool2d(h + block.skip(x), 2), atol=1e-5)
+    first = DownBlock(8, 16, first=True).eval()
+    assert torch.allclose(first(x), F.avg_pool2d(first.conv2(F.relu(first.conv1(x))) + first.skip(x), 2), atol=1e-5)
+    up, a, b = AdaBlock(8, 4, up=True).eval(), torch.randn(2, 16), torch.randn(2, 8)
+    double = lambda t: t.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = up.conv1(double(F.relu(adain(x, a))))
+    h = up.conv2(F.relu(adain(h, b)))
+    assert torch.allclose(up(x, a, b), h + up.skip(double(x)), atol=1e-5)
+
+
+def test_adain_sets_mean_and_deviation():
+    x, psi = torch.randn(2, 3, 8, 8) * 5 + 2, torch.tensor([[.5, 0, -.5, 1, 2, 3.]]).expand(2, -1)
+    out = adain(x, psi)
+    assert torch.allclose(out.mean((2, 3)), psi[:, 3:], atol=1e-4)
+    assert torch.allclose(out.std((2, 3), correction=0), 1 + psi[:, :3], atol=1e-3)
+
+
+def test_self_attention_against_a_loop():
+    torch.manual_seed(0)
+    attention, x = SelfAttention(16).eval(), torch.randn(1, 16, 4, 4)
+    assert torch.equal(attention(x), x)                                         # gamma starts at 0
+    attention.gamma.data.fill_(1.5)
+    q, k, v = attention.query(x)[0], F.max_pool2d(attention.key(x), 2)[0], F.max_pool2d(attention.value(x), 2)[0]
+    h = torch.zeros(8, 4, 4)
+    for r in range(4):
+        for c in range(4):
+            weights = torch.stack([q[:, r, c] @ k[:, a, b] for a in range(2) for b in range(2)]).softmax(0)
+            h[:, r, c] = sum(w * v[:, a, b] for w, (a, b) in zip(weights, [(0, 0), (0, 1), (1, 0), (1, 1)]))
+    assert torch.allclose(attention(x), x + 1.5 * attention.out(h[None]), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [dict(image_size=100), dict(image_size=1024), dict(min_channels=4), dict(min_channels=64, max_channels=32)])
+def test_config_refuses_what_cannot_be_built(wrong):
+    with pytest.raises(UserError):
+        Config(**wrong)
+
+
+def test_checkpoint_loads_under_weights_only_and_is_flat(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    assert {"config", "w0", "b", "E.net.attention.gamma", "V.attention.gamma", "G.attention_up.gamma"} <= state.keys()
+    assert all(isinstance(v, (torch.Tensor, str, int, dict)) for v in state.values())
+    assert load_checkpoint(checkpoint)["config"] == networks()[0]
