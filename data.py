@@ -15,6 +15,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.util import find_spec
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from model import UserError, save_atomic
+from model import UserError, atomic
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CLIPS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
@@ -236,74 +237,6 @@ def to_rgb(frame):
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
-def write_video(path, frames, pts, time_base, sound_from=None):
-    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name.
-
-    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
-    or encoded anew as AAC where mp4 cannot hold its codec.
-    """
-    import av
-    from fractions import Fraction
-    temporary = f"{path}.{os.getpid()}.tmp"
-    base = Fraction(*map(int, time_base))
-    step = np.median(np.diff(pts)) * float(base) if len(pts) > 1 else 1 / 25
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with av.open(temporary, "w", format="mp4", options={"movflags": "faststart", "video_track_timescale": str(base.denominator)}) as out:
-            stream = out.add_stream("libx264", rate=Fraction(1 / step).limit_denominator(1001), options={"crf": "16"})
-            sound = _sound(sound_from, out) if sound_from else iter(())
-            heard = next(sound, None)
-            for frame, stamp in zip(frames, pts, strict=True):
-                if not stream.width or stream.height != len(frame):  # the size must be set before the first mux
-                    stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                    stream.codec_context.time_base = base
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture.pts, picture.time_base = int(stamp), base
-                while heard and (heard.pts or 0) * heard.time_base <= stamp * base:  # interleaved: memory stays flat
-                    out.mux(heard)
-                    heard = next(sound, None)
-                out.mux(stream.encode(picture))
-            out.mux(stream.encode())
-            while heard:
-                out.mux(heard)
-                heard = next(sound, None)
-        os.replace(temporary, path)
-    except (av.FFmpegError, OSError) as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _sound(path, out):
-    """Add an audio stream to `out` and return an iterator over its packets; without sound, an empty one."""
-    import av
-    source = av.open(os.fspath(path))
-    if not source.streams.audio:
-        return iter(())
-    audio = source.streams.audio[0]
-    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac"}
-    stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
-
-    def packets():
-        with source:
-            try:
-                for packet in source.demux(audio):
-                    if not copy:
-                        for frame in packet.decode():
-                            yield from stream.encode(frame)
-                    elif packet.dts is not None:  # the last one is empty, for flushing
-                        packet.stream = stream
-                        yield packet
-                if not copy:
-                    yield from stream.encode()
-            except av.FFmpegError as e:
-                print(f"warning: the sound of {path} ends early ({e.strerror or e})", file=sys.stderr)
-
-    return packets()
-
-
 class Track(NamedTuple):
     """The landmarks of a video, in pixels of its upright frames; times are pts * time_base[0] / time_base[1] seconds."""
     points: np.ndarray      # (n, 68, 2) float32; a frame without a face repeats the face before it
@@ -322,8 +255,9 @@ class Track(NamedTuple):
 
 def track_video(path, detect, detector, keep=lambda k: True, progress=False):
     """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
-    points, pts = [], []
-    for k, frame in enumerate(tqdm(read_video(path), "landmarks", unit=" frames", disable=not progress)):
+    points, pts, frames = [], [], read_video(path)
+    frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
+    for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
         if keep(k):
             points.append(detect(to_rgb(frame)))
             pts.append(frame.pts)
@@ -334,35 +268,6 @@ def track_video(path, detect, detector, keep=lambda k: True, progress=False):
     base = frame.time_base
     return Track(np.stack([points[k] for k in before]), found, np.array(pts, np.int64),
                  np.array([base.numerator, base.denominator], np.int64), detector)
-
-
-def save_track(path, track):
-    """Write a track as .npz, by way of a temporary name."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **track._asdict())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_track(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            track = Track(*(file[name] for name in Track._fields))
-        n = len(track.pts)
-        shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
-        if n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all() or (track.time_base < 1).any():
-            raise ValueError("its arrays are not those of a track")
-        return track._replace(detector=str(track.detector))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
-        raise UserError(f"{path} is not a landmark track ({e})") from None
 
 
 def faces_in(path, detect, detector, size, max_frames=0):
@@ -438,8 +343,9 @@ def _prepare(files, out, kind, size, max_frames):
     if len(jpegs) < 2:
         return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
-    save_atomic({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
-                 "image_size": size, "detector": kind}, out)
+    with atomic(out) as temporary:
+        torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
+                    "image_size": size, "detector": kind}, temporary)
     return len(jpegs), problems
 
 
@@ -577,59 +483,53 @@ class ToyHeads:
     def draw(self, i, t):
         """Frame t of head i -> uint8 (S, S, 3), points (68, 2) in pixels."""
         who, pose = np.random.default_rng((1, i)), np.random.default_rng((2, i, t))
-        width, chin, eye, eye_gap, lip, fringe, long = who.uniform((.85, 1.0, .13, .38, .05, -.2, .0), (1.1, 1.3, .19, .46, .1, .25, 1.6))
+        width, chin, eye, gap, lip, fringe, long = who.uniform((.85, 1.0, .13, .38, .05, -.2, .0), (1.1, 1.3, .19, .46, .1, .25, 1.6))
         skin = np.array((255, 214, 180)) * who.uniform(.35, 1) * who.uniform(.92, 1.08, 3)
         hair, iris, wall, shirt = who.uniform(15, 200, 3), who.uniform(20, 170, 3), who.uniform(40, 240, (2, 3)), who.uniform(20, 235, 3)
         yaw, pitch, roll = pose.uniform((-.6, -.25, -.2), (.6, .25, .2))
-        blink, smile = pose.uniform(0, 1) ** .5, pose.uniform(-.05, .06)
-        mouth, shift = max(0, pose.uniform(-.1, .25)), pose.uniform(-.12, .12, 2)
+        blink, smile, mouth, shift = pose.uniform() ** .5, pose.uniform(-.05, .06), max(0, pose.uniform(-.1, .25)), pose.uniform(-.12, .12, 2)
 
         # the 68 points in 3D: x to the right of the picture, y down, z towards the viewer; the jaw is about 1 wide
-        a, b = np.linspace(-1.6, 1.6, 17), np.linspace(0, 1, 5)
-        jaw = np.stack([width * np.sin(a), chin * np.cos(a) - .05, .8 * np.cos(a) - .7], 1)
+        def arc(n, x, y, z):  # over the jaw (y > 0) or the forehead (y < 0), from ear to ear; z: how far the middle stands out
+            a = np.linspace(-1.6, 1.6, n)
+            return np.stack([x * np.sin(a), y * np.cos(a) - .05, z * np.cos(a) - .7], 1)
+
+        def ring(n, w, h, drop):  # lips, from the left corner over the upper one and back; drop: how far the jaw is open
+            c = np.linspace(np.pi, -np.pi, n, endpoint=False)
+            y = .66 - (h + drop * (np.sin(c) < 0)) * np.sin(c) - smile * np.cos(c) ** 2
+            return np.stack([w * np.cos(c), y, .25 - .15 * np.cos(c) ** 2], 1)
+
+        b, c, flip = np.linspace(0, 1, 5), np.radians([180, 120, 60, 0, -60, -120]), (-1, 1, 1)
         brow = np.stack([-.72 + .5 * b, -.42 - .1 * np.sin(np.pi * b), .1 + .1 * b], 1)
-        bridge = np.stack([0 * b[:4], np.linspace(-.2, .22, 4), np.linspace(.2, .55, 4)], 1)
+        bridge = np.linspace((0, -.2, .2), (0, .22, .55), 4)
         base = np.stack([-.2 + .4 * b, .34 + .05 * np.sin(np.pi * b), .25 + .1 * np.sin(np.pi * b)], 1)
-        c = np.radians([180, 120, 60, 0, -60, -120])
-        lid = np.stack([-eye_gap + eye * np.cos(c), -.18 - .55 * eye * blink * np.sin(c), .1 + 0 * c], 1)
+        lid = np.stack([-gap + eye * np.cos(c), -.18 - .55 * eye * blink * np.sin(c), .1 + 0 * c], 1)
+        points = np.concatenate([arc(17, width, chin, .8), brow, (brow * flip)[::-1], bridge, base, lid,
+                                 (lid * flip)[[3, 2, 1, 0, 5, 4]], ring(12, .32, lip, mouth), ring(8, .26, .3 * lip, mouth)])
 
-        def ring(n, w, h, gap):  # lips, from the left corner over the upper one and back
-            c = np.linspace(np.pi, -np.pi, n + 1)[:-1]
-            up = np.sin(c)
-            return np.stack([w * np.cos(c), .66 - h * up - gap * (up < -.01) * -up * -1 - smile * np.cos(c) ** 2, .25 - .15 * np.cos(c) ** 2], 1)
-
-        flip = np.array((-1, 1, 1))
-        points = np.concatenate([jaw, brow, (brow * flip)[::-1], bridge, base, lid, (lid * flip)[[3, 2, 1, 0, 5, 4]],
-                                 ring(12, .32, lip, mouth), ring(8, .26, .3 * lip, mouth)])
-        a = np.linspace(-1.6, 1.6, 15)
-        skull = np.stack([width * np.sin(a), -1.1 * np.cos(a) - .05, .6 * np.cos(a) - .7], 1)        # over the forehead
-        line = np.stack([width * np.sin(a), (-.75 + fringe) * np.cos(a) - .05, .75 * np.cos(a) - .65], 1)  # the hair's edge
-
-        cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
-        turn = (np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, cp, -sp], [0, sp, cp]] @ [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-        S = self.image_size * 2
-        place = lambda p: (np.asarray(p) @ turn.T)[:, :2] * (S / 3.9) + S / 2 + (shift + (0, .12)) * (S / 3.9)
+        (cy, cp, cr), (sy, sp, sr) = np.cos((yaw, pitch, roll)), np.sin((yaw, pitch, roll))
+        turn = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, cp, -sp], [0, sp, cp]] @ [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]
+        S = 2 * self.image_size                                                 # drawn twice as large, then averaged
+        still = lambda p: np.asarray(p) * (S / 3.9) + S / 2                     # neck and shirt do not turn with the head
+        place = lambda p: still((p @ turn.T)[:, :2] + shift + (0, .12))
         image = Image.new("RGB", (S, S), tuple(wall[0].astype(int)))
-        pen = ImageDraw.Draw(image)
+        pen, k = ImageDraw.Draw(image), np.linspace(0, 2 * np.pi, 24)
         fill = lambda p, colour: pen.polygon([tuple(q) for q in p], fill=tuple(np.clip(colour, 0, 255).astype(int)))
-        blob = lambda x, y, z, rx, ry: place(np.stack([x + rx * np.cos(k := np.linspace(0, 6.3, 24)), y + ry * np.sin(k), 0 * k + z], 1))
+        line = lambda p, colour, width: pen.line([tuple(q) for q in p], fill=tuple(colour.astype(int)), width=width)
+        blob = lambda x, y, z, rx, ry: place(np.stack([x + rx * np.cos(k), y + ry * np.sin(k), z + 0 * k], 1))
         fill([(0, S * .62), (S, S * .5), (S, S), (0, S)], wall[1])
-        fill(blob(0, .1 + long / 2, -.9, width * 1.15, 1.25 + long / 2), hair * .8)                  # hair behind
-        still = lambda p: np.asarray(p) * (S / 3.9) + S / 2
-        fill(still([(-.45, .6), (.45, .6), (.5, 2), (-.5, 2)]), skin * .8)                            # neck
+        fill(blob(0, .1 + long / 2, -.9, width * 1.15, 1.25 + long / 2), hair * .8)                 # the hair behind
+        fill(still([(-.45, .6), (.45, .6), (.5, 2), (-.5, 2)]), skin * .8)                          # neck
         fill(still([(-1.6, 2), (-1.2, 1.55), (-.45, 1.35), (0, 1.5), (.45, 1.35), (1.2, 1.55), (1.6, 2)]), shirt)
-        jaw2, skull2, line2 = place(jaw), place(skull), place(line)
-        fill(np.concatenate([jaw2, skull2[::-1]]), skin)
-        fill(np.concatenate([skull2 + (skull2 - still([(0, 0)])) * .12, line2[::-1]]), hair)
-        q = place(points)
-        for lid_points, x in ((q[36:42], -eye_gap), (q[42:48], eye_gap)):
-            fill(lid_points, (245, 245, 245))
+        q, skull = place(points), place(arc(15, width, -1.1, .6))
+        fill(np.concatenate([q[:17], skull[::-1]]), skin)
+        fill(np.concatenate([skull + (skull - S / 2) * .12, place(arc(15, width, fringe - .75, .75))[::-1]]), hair)
+        for outline, x in ((q[36:42], -gap), (q[42:48], gap)):
+            fill(outline, (245, 245, 245))
             if blink > .35:
                 fill(blob(x, -.18, .1, eye * .4, eye * .5 * blink), iris)
-        for k in (slice(17, 22), slice(22, 27)):
-            pen.line([tuple(p) for p in q[k]], fill=tuple((hair * .7).astype(int)), width=S // 40)
-        pen.line([tuple(p) for p in q[[27, 30, 33]]], fill=tuple((skin * .8).astype(int)), width=S // 60)
-        pen.line([tuple(p) for p in q[31:36]], fill=tuple((skin * .65).astype(int)), width=S // 60)
+        line(q[17:22], hair * .7, S // 40), line(q[22:27], hair * .7, S // 40)
+        line(q[[27, 30, 33]], skin * .8, S // 60), line(q[31:36], skin * .65, S // 60)
         fill(q[48:60], skin * (.8, .5, .5))
         fill(q[60:68], (60, 15, 20))
         return np.asarray(image.reduce(2)), ((q + .5) / 2 - .5).astype(np.float32)

@@ -18,7 +18,7 @@ from losses import FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_lo
 from model import UserError, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "toy.pt")
-BATCH = 8               # A.1: batches of 8 images for T larger than 1
+BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
 def load_faces(paths, config, detect, max_frames=32):
@@ -34,7 +34,7 @@ def embed(E, x, y):
     return torch.cat([E(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH))]).mean(0)
 
 
-def finetune(E, G, D, x, y, config, content, epochs=40, seed=0, progress=False):
+def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
@@ -79,22 +79,24 @@ def finetune(E, G, D, x, y, config, content, epochs=40, seed=0, progress=False):
     return psi.detach(), w.detach(), history
 
 
-def learn_person(state, paths, device, epochs, detect=None, content=None, **files):
-    """A loaded checkpoint and photos -> (config, G folded and without P, psi', source): what a person file holds.
-
-    epochs=0: feed-forward. content and files: see ContentLoss; by default the checkpoint's kind. source: (3, S, S).
-    """
-    config = state["config"]
-    if epochs and not config.match:
+def content_loss(config, kind=None, **files):
+    """The ContentLoss to fine-tune with: `kind`, or the checkpoint's own. UserError for a checkpoint that cannot be fine-tuned."""
+    if not config.match:
         raise UserError("this checkpoint was trained without the match loss (the FF variant), which the paper uses "
                         "without fine-tuning only: infer.py --feed-forward does that")
-    x, y = load_faces(paths, config, detect or landmark_detector(config.landmarks))
-    x, y = x.to(device), y.to(device)
-    loss = ContentLoss(content or config.content, **files).to(device) if epochs else None
+    return ContentLoss(kind or config.content, **files)
+
+
+def learn_person(state, x, y, content, epochs, device):
+    """A loaded checkpoint and T faces -> what a person file holds: (config, G folded and without P, psi', source).
+
+    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  source: (3, S, S), the first face.
+    """
     E, G, D = load_networks(state)
-    psi = finetune(E, G, D, x, y, config, loss, epochs, progress=epochs > 0)[0]
-    G.P = nn.Identity()
-    return config, G.fold(), psi, x[0]
+    x, y, content = x.to(device), y.to(device), content and content.to(device)
+    psi = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0)[0]
+    G.P = nn.Identity()  # psi' has taken P's place
+    return state["config"], G.fold(), psi, x[0]
 
 
 def save_person(path, config, G, psi, source):
@@ -111,7 +113,7 @@ def main():
     parser.add_argument("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
     parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the photos (40)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
     parser.add_argument("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
     parser.add_argument("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
     parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
@@ -120,9 +122,11 @@ def main():
         raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
     check_writable(args.out)
     device = default_device()
-    person = learn_person(load_checkpoint(args.checkpoint, device), args.photos, device, args.epochs,
-                          content=args.content, vgg19=args.vgg19, vggface=args.vggface)
-    save_person(args.out, *person)
+    state = load_checkpoint(args.checkpoint, device)
+    config = state["config"]
+    x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
+    content = content_loss(config, args.content, vgg19=args.vgg19, vggface=args.vggface)
+    save_person(args.out, *learn_person(state, x, y, content, args.epochs, device))
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 

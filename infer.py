@@ -8,28 +8,29 @@ The result has the driver's frames, time stamps and sound. Memory does not grow 
 landmarks themselves, half a kilobyte a frame.
 """
 import argparse
+import os
 import sys
+from fractions import Fraction
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (check_writable, draw_landmarks, landmark_detector, load_track, run, save_track, to_float, to_uint8, track_video,
-                  write_video)
-from finetune import CHECKPOINT, default_device, learn_person, save_person
-from model import load_checkpoint, load_person
+from data import Track, check_writable, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video
+from finetune import CHECKPOINT, EPOCHS, content_loss, default_device, learn_person, load_faces, save_person
+from model import UserError, atomic, load_checkpoint, load_person
 
 BATCH = 8   # frames rendered at a time
 
 
-def read_driver(path, config, detect=None):
+def read_driver(path, config, detect):
     """A video or a saved track (.npz) -> Track, with a word on what is not as it should be."""
     if path.lower().endswith(".npz"):
         track = load_track(path)
         if track.detector != config.landmarks:
             print(f"warning: {path} holds {track.detector} landmarks, the checkpoint was trained with {config.landmarks}", file=sys.stderr)
     else:
-        track = track_video(path, detect or landmark_detector(config.landmarks), config.landmarks, progress=True)
+        track = track_video(path, detect, config.landmarks, progress=True)
     missed = len(track.found) - int(track.found.sum())
     if missed:
         print(f"no face in {missed} of {len(track.found)} frames of {path}: they repeat the landmarks before them")
@@ -52,6 +53,95 @@ def render(G, psi, points, size, source=None):
         yield from frames
 
 
+# --------------------------------------------------------------------------------------- files in and out
+
+def save_track(path, track):
+    """Write a track as .npz, by way of a temporary name."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **track._asdict())
+
+
+def load_track(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            track = Track(*(file[name] for name in Track._fields))
+        n = len(track.pts)
+        shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
+        if n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all() or (track.time_base < 1).any():
+            raise ValueError("its arrays are not those of a track")
+        return track._replace(detector=str(track.detector))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
+        raise UserError(f"{path} is not a landmark track ({e})") from None
+
+
+def write_video(path, frames, pts, time_base, sound_from=None):
+    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name.
+
+    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
+    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
+    or encoded anew as AAC where mp4 cannot hold its codec.
+    """
+    import av
+    base = Fraction(*map(int, time_base))
+    rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001) if len(pts) > 1 else 25
+    options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
+    with atomic(path) as temporary:
+        try:
+            with av.open(temporary, "w", format="mp4", options=options) as out:
+                stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
+                sound = _sound(sound_from, out) if sound_from else iter(())
+                packet = None
+                for frame, stamp in zip(frames, pts, strict=True):
+                    if packet is None:  # size and format must be set before the first mux
+                        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                        stream.codec_context.time_base = base
+                        packet = next(sound, False)
+                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                    picture.pts, picture.time_base = int(stamp), base
+                    while packet and (packet.pts or 0) * packet.time_base <= stamp * base:  # interleaved: memory stays flat
+                        out.mux(packet)
+                        packet = next(sound, False)
+                    out.mux(stream.encode(picture))
+                out.mux(stream.encode())
+                while packet:
+                    out.mux(packet)
+                    packet = next(sound, False)
+        except av.FFmpegError as e:
+            raise OSError(e.errno, e.strerror or str(e)) from None
+
+
+def _sound(path, out):
+    """Add an audio stream to `out` and return an iterator over its packets; without sound, an empty one."""
+    import av
+    source = av.open(os.fspath(path))
+    if not source.streams.audio:
+        return iter(())
+    audio = source.streams.audio[0]
+    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac"}
+    stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
+
+    def packets():
+        with source:
+            try:
+                for packet in source.demux(audio):
+                    if not copy:
+                        for frame in packet.decode():
+                            yield from stream.encode(frame)
+                    elif packet.dts is not None:  # the last one is empty, for flushing
+                        packet.stream = stream
+                        yield packet
+                if not copy:
+                    yield from stream.encode()
+            except av.FFmpegError as e:
+                print(f"warning: the sound of {path} ends early ({e.strerror or e})", file=sys.stderr)
+
+    return packets()
+
+
+# -------------------------------------------------------------------------------------------------- command
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     who = parser.add_mutually_exclusive_group(required=True)
@@ -68,22 +158,27 @@ def main():
     for path in filter(None, (args.out, args.save_person, args.save_track)):
         check_writable(path)
 
+    # everything is read, and refused, before anything long begins
     device = default_device()
     state = load_checkpoint(args.person or args.checkpoint, device, "person" if args.person else "meta")
-    track = read_driver(args.driver, state["config"])
+    config = state["config"]
+    is_track = args.driver.lower().endswith(".npz")
+    detect = None if args.person and is_track else landmark_detector(config.landmarks)
+    if args.photo:
+        x, y = load_faces(args.photo, config, detect)
+        content = None if args.feed_forward else content_loss(config)
+    track = read_driver(args.driver, config, detect)
     if args.save_track:
         save_track(args.save_track, track)
-    if args.person:
-        config, source = state["config"], state["source"]
-        G, psi = load_person(state)
-    else:
-        config, G, psi, source = learn_person(state, args.photo, device, 0 if args.feed_forward else 40)
-        if args.save_person:
-            save_person(args.save_person, config, G, psi, source)
 
+    if args.person:
+        (G, psi), source = load_person(state), state["source"]
+    else:
+        _, G, psi, source = person = learn_person(state, x, y, content, 0 if args.feed_forward else EPOCHS, device)
+        if args.save_person:
+            save_person(args.save_person, *person)
     frames = render(G, psi, track.in_crops(config.image_size), config.image_size, source if args.compare else None)
-    sound = None if args.driver.lower().endswith(".npz") else args.driver
-    write_video(args.out, frames, track.pts, track.time_base, sound)
+    write_video(args.out, frames, track.pts, track.time_base, None if is_track else args.driver)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from data import Episodes, PreparedVideos, ToyHeads, run, to_float, to_uint8
 from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
-from model import Config, Discriminator, Embedder, Generator, UserError, load_checkpoint, save_atomic, save_checkpoint
+from model import Config, Discriminator, Embedder, Generator, UserError, atomic, load_checkpoint, save_checkpoint
 
 BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
 LOG_EVERY = 50
@@ -65,7 +65,7 @@ def parse():
     return args
 
 
-def checkpoints(out, world):
+def checkpoints(out):
     """Steps of the complete checkpoints in `out`, ascending: the .pt is renamed last, so where it is, all is."""
     return sorted(int(m[1]) for f in Path(out).glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)\.pt", f.name)))
 
@@ -73,12 +73,13 @@ def checkpoints(out, world):
 def save(out, step, config, E, G, D, optimizers, run_id, rank, world):
     """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
     state = {"run": run_id, "D": D.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    save_atomic(state, f"{out}/step-{step}.rank-{rank}.state")
+    with atomic(f"{out}/step-{step}.rank-{rank}.state") as temporary:
+        torch.save(state, temporary)
     if world > 1:
         dist.barrier()
     if rank == 0:
         save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
-        for old in checkpoints(out, world)[:-2]:
+        for old in checkpoints(out)[:-2]:
             os.remove(f"{out}/step-{old}.pt")  # first: without it the rest does not count
             for file in Path(out).glob(f"step-{old}.rank-*.state"):
                 file.unlink()
@@ -134,8 +135,8 @@ def sample_grid(path, E, G, episodes, device, rows=8):
     e = torch.stack([E.eval()(x[n, 1:], y[n, 1:]).mean(0) for n in range(rows)])                    # (rows, N)
     grid = torch.stack([x[:, 1], y[:, 0], x[:, 0], G.eval()(y[:, 0], e)], dim=1)                    # (rows, 4, 3, S, S)
     E.train(), G.train()
-    Image.fromarray(np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)).save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    with atomic(path) as temporary:
+        Image.fromarray(np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)).save(temporary, "PNG")
 
 
 def autocast(device):
@@ -160,7 +161,7 @@ def main():
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
                     not args.no_match, args.K, args.lr, args.lr_d)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "videos": len(videos)}
-    done = checkpoints(args.out, world)
+    done = checkpoints(args.out)
     if done and not args.resume:
         raise UserError(f"{args.out} already holds {len(done)} checkpoints: add --resume, or name another --out")
     start = done[-1] if done else 0

@@ -9,6 +9,7 @@ paper's size E has 15, G 38 and the convolutional part V of D 20 million paramet
 """
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -249,12 +250,13 @@ class Discriminator(nn.Module):
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-def save_atomic(state, path):
-    """torch.save by way of a temporary name: `path` is absent, as it was before, or whole."""
+@contextmanager
+def atomic(path):
+    """Yield a temporary name to write to, renamed to `path` at the end: it is absent, as it was before, or whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        torch.save(state, temporary)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
@@ -273,7 +275,8 @@ def save_checkpoint(path, kind, config, step=0, **parts):
     for name, part in parts.items():
         tensors = part.state_dict(prefix=name + ".") if isinstance(part, nn.Module) else {name: part}
         state |= {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    save_atomic(state, path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path, device="cpu", kind="meta"):

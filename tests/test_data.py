@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+import infer
 from conftest import PHOTO, fail, moving, script, succeed, write_clip
 from model import UserError
 
@@ -114,7 +115,7 @@ def test_photos_of_every_kind(tmp_path):
 def test_video_frames_times_and_sound_survive(tmp_path, clip):
     pts = np.array([0, 512, 1024, 1500, 2600, 2800])
     frames = [np.full((32, 48, 3), 40 * k, np.uint8) for k in range(6)]
-    data.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
+    infer.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
     back = list(data.read_video(tmp_path / "out.mp4"))
     assert [float(f.pts * f.time_base) for f in back] == pytest.approx((pts / 12800).tolist())
     assert max(abs(data.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
@@ -136,7 +137,7 @@ def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
         note.rate = 16000
         out.mux(audio.encode(note))
         out.mux(audio.encode())
-    data.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
+    infer.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
@@ -159,15 +160,15 @@ def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
     track = data.track_video(clip, detect, "dlib")
     assert len(track.pts) == 20 and np.flatnonzero(~track.found).tolist() == [7, 8]
     assert (track.points[7] == track.points[6]).all() and (track.points[8] == track.points[6]).all()
-    data.save_track(tmp_path / "t.npz", track)
-    back = data.load_track(tmp_path / "t.npz")
+    infer.save_track(tmp_path / "t.npz", track)
+    back = infer.load_track(tmp_path / "t.npz")
     assert all(np.array_equal(a, b) for a, b in zip(track, back))
     assert track.seconds()[-1] == pytest.approx((9 * 512 + 10 * 768) / 12800)
 
 
 def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, clip, capsys):
     frames = [data.to_rgb(f) for f in data.read_video(clip)]
-    data.write_video(tmp_path / "a.mp4", [np.random.default_rng(k).integers(0, 255, (160, 200, 3), np.uint8) for k in range(40)],
+    infer.write_video(tmp_path / "a.mp4", [np.random.default_rng(k).integers(0, 255, (160, 200, 3), np.uint8) for k in range(40)],
                      np.arange(40), (1, 25))                                    # the index comes first in our files
     blob = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(blob[:len(blob) // 2])
