@@ -9,11 +9,13 @@ one file: {"jpeg": bytes of all crops, "offsets": (n+1,), "landmarks": (n, 68, 2
 Running it again goes on where it stopped.
 """
 import argparse
+import hashlib
 import io
 import os
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from itertools import chain
 from multiprocessing import get_context
@@ -23,29 +25,39 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from tqdm import tqdm
 
-from model import UserError, atomic
+from model import Config, UserError, save_tensors
 
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-CLIPS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+CLIPS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts", ".wmv", ".flv"}
 
 
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except UserError as e:  # from a loader's worker it comes with that worker's traceback before it
+        message = str(e).strip().splitlines()[-1].removeprefix("model.UserError: ")
+        sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)
 
 
-def check_writable(path):
-    """UserError now rather than after minutes of work, if no file can be written at `path`."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: " + ("it is a folder" if os.path.isdir(path) else f"no folder {folder} to write to"))
+def check_paths(inputs, outputs=()):
+    """UserError now, rather than after minutes of work, if an input is missing or an output cannot or must not be written.
+
+    inputs, outputs: lists of paths, None where a flag was not given.
+    """
+    inputs = [path for path in inputs if path is not None]
+    for path in inputs:
+        if not os.path.isfile(path):
+            raise UserError(f"no file {path}")
+    for path in (path for path in outputs if path is not None):
+        folder = os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write {path}: " + ("it is a folder" if os.path.isdir(path) else f"no folder {folder} to write to"))
+        if os.path.exists(path) and any(os.path.samefile(path, i) for i in inputs):
+            raise UserError(f"cannot write {path}: it is also an input, and would be lost")
 
 
 # ------------------------------------------------------------------------------------------- landmarks
@@ -94,11 +106,9 @@ def _dlib_detector():
     detector = dlib.get_frontal_face_detector()
 
     def detect(image):
-        height, width = image.shape[:2]
         for side in (256, 512, 1024):  # it sees faces of 80 pixels and more; small copies are quick, so they go first
-            scale = side / max(height, width)
-            small = Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BILINEAR)
-            boxes = detector(np.asarray(small))
+            scale = side / max(image.shape[:2])
+            boxes = detector(np.asarray(shrink(image, scale)))
             if boxes:
                 box = max(boxes, key=lambda b: b.area())  # it can see a second, false face
                 box = dlib.rectangle(*(round(v / scale) for v in (box.left(), box.top(), box.right(), box.bottom())))
@@ -116,14 +126,21 @@ def _fan_detector():
         fan = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device=device, compile=False)
     except OSError as e:  # URLError is one
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise UserError(f"cannot download the weights of face-alignment ({e}): "
-                        f"put them into {folder} yourself, or use --landmarks dlib") from None
+        raise UserError(f"cannot download the weights of face-alignment ({e}): put them into {folder} yourself, "
+                        "or prepare and train with data.py --landmarks dlib") from None
 
     def detect(image):
-        faces = fan.get_landmarks_from_image(image)
-        return max(faces, key=lambda p: np.ptp(p[:, 0]) * np.ptp(p[:, 1]))[:, :2].astype(np.float32) if faces else None
+        scale = min(1, 640 / max(image.shape[:2]))  # its face detector would take minutes over a whole photo
+        faces = fan.get_landmarks_from_image(np.asarray(shrink(image, scale)))
+        return max(faces, key=lambda p: np.ptp(p[:, 0]) * np.ptp(p[:, 1]))[:, :2].astype(np.float32) / scale if faces else None
 
     return detect
+
+
+def shrink(image, scale):
+    """uint8 (H, W, 3) -> a PIL picture, `scale` times as large."""
+    height, width = image.shape[:2]
+    return Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BILINEAR)
 
 
 # ------------------------------------------------------------------------------------------------ crops
@@ -142,13 +159,14 @@ def face_box(points):
 def steady_boxes(points, times):
     """face_box for a video: a Gaussian mean over about a second either side, so that the crop does not jitter.
 
-    points (n, 68, 2), times (n,) in seconds -> (n, 3).
+    points (n, 68, 2), times (n,) in seconds -> (n, 3). Nothing is averaged across a cut, where the face jumps.
     """
     boxes = face_box(points)
+    shot = np.cumsum(np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1) > boxes[:, 2])
     result = np.empty_like(boxes)
     for k, t in enumerate(times):
         a, b = np.searchsorted(times, [t - 3, t + 3])
-        weight = np.exp(-0.5 * (times[a:b] - t) ** 2)
+        weight = np.exp(-0.5 * (times[a:b] - t) ** 2) * (shot[a:b] == shot[k])
         result[k] = weight @ boxes[a:b] / weight.sum()
     return result
 
@@ -157,11 +175,12 @@ def crop(image, box, size):
     """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased, reflected beyond the border."""
     height, width = image.shape[:2]
     (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
-    pad = max(0, int(np.ceil(max(half - x, half - y, x + half - width, y + half - height))))
-    if pad:  # reflection: repeated edges draw streaks, which a generator then learns
-        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if min(height, width) > 1 else "edge")
-    edges = (x - half + pad, y - half + pad, x + half + pad, y + half + pad)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.LANCZOS, box=edges))
+    edges = np.array([x - half, y - half, x + half, y + half])
+    over = np.ceil(np.array([-edges[0], -edges[1], edges[2] - width, edges[3] - height])).clip(0).astype(int)
+    if over.any():  # reflection: repeated edges draw streaks, which a generator then learns
+        image = np.pad(image, ((over[1], over[3]), (over[0], over[2]), (0, 0)), mode="reflect" if min(height, width) > 1 else "edge")
+        edges += np.tile(over[:2], 2)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.LANCZOS, box=tuple(edges)))
 
 
 def to_crop(points, box, size):
@@ -191,35 +210,42 @@ def read_photo(path):
         raise UserError(f"{path} is not a picture that can be read ({e})") from None
 
 
-def read_video(path):
-    """Yield every frame of a video as an av.VideoFrame, with pts and time_base, streaming.
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
 
-    UserError if there is no frame to be had; what ends early is used as far as it goes, with a warning.
+
+def read_video(path, complain=warn):
+    """Yield every frame of a video as an av.VideoFrame, with pts (rising) and time_base, streaming.
+
+    UserError if there is no frame to be had; what ends early is used as far as it goes, and `complain` is told.
     """
     import av
-    if not os.path.exists(path):
-        raise UserError(f"no file {path}")
-    last, count, expected, problem = None, 0, 0, "the file ends early"
+    last, offset, count, problem = None, 0, 0, "it ends early"
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video in it")
             stream = container.streams.video[0]
-            expected = stream.frames
+            base, rate = stream.time_base, stream.average_rate or 25
+            expected = stream.frames or float((container.duration or 0) / av.time_base * rate)
             for frame in container.decode(stream):
-                frame.time_base = frame.time_base or stream.time_base
-                if frame.pts is None or (last is not None and frame.pts <= last):  # every frame needs a time of its own
-                    frame.pts = 0 if last is None else last + 1
-                last, count = frame.pts, count + 1
+                pts = frame.pts if frame.pts is None else frame.pts + offset
+                if pts is None or (last is not None and pts <= last):  # every frame needs a time of its own
+                    following = 0 if last is None else last + max(1, round(1 / (rate * base)))
+                    if pts is not None and (last - pts) * base > 1:    # the clock started anew: it goes on from here
+                        offset += following - pts
+                    pts = following
+                frame.pts, frame.time_base = pts, base
+                last, count = pts, count + 1
                 yield frame
     except (av.FFmpegError, OSError) as e:
-        if not count:
-            raise UserError(f"{path} is not a video that can be read ({e.strerror or e})") from None
         problem = e.strerror or str(e)
+        if not count:
+            raise UserError(f"no file {path}" if not os.path.exists(path) else f"{path} is not a video that can be read ({problem})") from None
     if not count:
         raise UserError(f"{path} is a video without a frame that can be read")
-    if count < expected:
-        print(f"warning: {path}: only {count} of {expected} frames could be read ({problem})", file=sys.stderr)
+    if count < 0.95 * expected - 1 or problem != "it ends early":  # containers' own counts are a little off at times
+        complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({problem})")
 
 
 def count_frames(path):
@@ -230,6 +256,11 @@ def count_frames(path):
             return sum(packet.size > 0 for packet in container.demux(video=0))
     except (av.FFmpegError, OSError, IndexError):
         return 0
+
+
+def evenly(items, n):
+    """At most n of the items, evenly spread from the first to the last."""
+    return items if len(items) <= n else [items[k] for k in np.linspace(0, len(items) - 1, n).round().astype(int)]
 
 
 def to_rgb(frame):
@@ -253,9 +284,10 @@ class Track(NamedTuple):
         return to_crop(self.points, steady_boxes(self.points, self.seconds()), size)
 
 
-def track_video(path, detect, detector, keep=lambda k: True, progress=False):
+def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
     """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
-    points, pts, frames = [], [], read_video(path)
+    from tqdm import tqdm
+    points, pts, frames = [], [], read_video(path, complain)
     frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
     for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
         if keep(k):
@@ -270,7 +302,7 @@ def track_video(path, detect, detector, keep=lambda k: True, progress=False):
                  np.array([base.numerator, base.denominator], np.int64), detector)
 
 
-def faces_in(path, detect, detector, size, max_frames=0):
+def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
     """Yield (crop uint8 (size, size, 3), points (68, 2) in the crop) of a photo, or of a clip's frames that show a face.
 
     max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
@@ -284,10 +316,10 @@ def faces_in(path, detect, detector, size, max_frames=0):
         yield crop(image, box, size), to_crop(points, box, size)
         return
     count = count_frames(path) if max_frames else 0
-    chosen = set(np.linspace(0, count - 1, max_frames).round().astype(int)) if count > max_frames else range(sys.maxsize)
-    track = track_video(path, detect, detector, lambda k: k in chosen)
+    chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
+    track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
     boxes = steady_boxes(track.points, track.seconds())
-    kept = (frame for k, frame in enumerate(read_video(path)) if k in chosen)
+    kept = (frame for k, frame in enumerate(read_video(path, lambda message: None)) if k in chosen)
     for frame, box, points, found in zip(kept, boxes, track.points, track.found):
         if found:
             yield crop(to_rgb(frame), box, size), to_crop(points, box, size)
@@ -298,14 +330,14 @@ def faces_in(path, detect, detector, size, max_frames=0):
 def find_sequences(root):
     """-> {name: [files]} of the sequences below root, and the names of folders that hold neither clips nor photos."""
     sequences, empty = {}, []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders.sort()
         files = [Path(folder, n) for n in sorted(names) if Path(n).suffix.lower() in PHOTOS | CLIPS]
         name = os.path.relpath(folder, root)
         if name == ".":
             clips = [f for f in files if f.suffix.lower() in CLIPS]
             sequences |= {f.name: [f] for f in clips}
-            files, name = [f for f in files if f not in clips], "photos"
+            files, name = [f for f in files if f not in clips], "_photos"
         elif not files and not subfolders:
             empty.append(name)
         if files:
@@ -324,14 +356,11 @@ def _start_worker(kind):
 
 def _prepare(files, out, kind, size, max_frames):
     """One sequence -> one file. Returns (frames stored, [what could not be used])."""
-    photos = [f for f in files if f.suffix.lower() not in CLIPS]
-    clips = [f for f in files if f.suffix.lower() in CLIPS]
-    if max_frames and len(photos) > max_frames:
-        photos = [photos[k] for k in np.linspace(0, len(photos) - 1, max_frames).round().astype(int)]
+    files = evenly(files, max_frames or len(files))
     jpegs, landmarks, problems = [], [], []
-    for file in photos + clips:
+    for file in files:
         try:
-            for face, points in faces_in(file, _detect, kind, size, -(-max_frames // max(1, len(clips)))):
+            for face, points in faces_in(file, _detect, kind, size, max_frames // len(files), problems.append):
                 buffer = io.BytesIO()
                 Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
@@ -343,14 +372,14 @@ def _prepare(files, out, kind, size, max_frames):
     if len(jpegs) < 2:
         return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
-    with atomic(out) as temporary:
-        torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
-                    "image_size": size, "detector": kind}, temporary)
+    save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
+                  "image_size": size, "detector": kind}, out)
     return len(jpegs), problems
 
 
 def prepare(videos, out, kind, size, max_frames, workers):
     """`python data.py`: every sequence below `videos` becomes a file in `out`. Prints a summary."""
+    from tqdm import tqdm
     if not os.path.isdir(videos):
         raise UserError(f"no folder {videos}: name the one that holds the videos or photos with --videos DIR")
     sequences, empty = find_sequences(videos)
@@ -362,17 +391,24 @@ def prepare(videos, out, kind, size, max_frames, workers):
                         "name the same, or another --out")
     todo = {name: files for name, files in sequences.items() if not os.path.exists(f"{out}/{name}.pt")}
     landmark_detector(kind)  # fails here, before the workers start, if it cannot be built
-    done, frames, problems = 0, 0, [f"{name}: no videos or photos in this folder" for name in empty]
+    done, frames, problems, stop = 0, 0, [f"{name}: no videos or photos in this folder" for name in empty], None
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (kind,)) as pool:
-        jobs = {pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames): name for name, files in todo.items()}
-        for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
-            count, what = job.result()
-            done, frames, problems = done + (count > 0), frames + count, problems + what
+        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames) for name, files in todo.items()]
+        try:
+            for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
+                count, what = job.result()
+                done, frames, problems = done + (count > 0), frames + count, problems + what
+        except BrokenProcessPool:
+            stop = UserError("a worker process died, perhaps for want of memory: run it again to go on, with fewer --workers")
+        except UserError as e:  # it cannot be written
+            stop = e
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     print(f"{out}: {done} sequences with {frames} frames prepared, {len(sequences) - len(todo)} were there already")
     if problems:
-        print(f"not used ({len(problems)}):", *sorted(problems), sep="\n  ")
-    if done == 0 and len(sequences) == len(todo):
-        raise UserError(f"nothing in {videos} could be used")
+        print(f"not used, or not all of it ({len(problems)}):", *sorted(problems), sep="\n  ")
+    if stop or (done == 0 and len(sequences) == len(todo)):
+        raise stop or UserError(f"nothing in {videos} could be used")
 
 
 # --------------------------------------------------------------------------------- datasets and episodes
@@ -385,6 +421,8 @@ class PreparedVideos:
         if not self.files:
             raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR --out {folder}`, "
                             "or train on drawn heads with --toy")
+        names = "\n".join(os.path.relpath(f, folder) for f in self.files)
+        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]     # rows of W belong to these files in this order
         first = self._open(0)
         self.detector, stored = first["detector"], first["image_size"]
         self.image_size = image_size or stored
@@ -393,9 +431,11 @@ class PreparedVideos:
 
     def _open(self, i):
         try:  # memory-mapped: a few frames of a long video cost a few frames
-            return torch.load(self.files[i], mmap=True, weights_only=True)
+            sequence = torch.load(self.files[i], mmap=True, weights_only=True)
+            sequence["image_size"], sequence["detector"], sequence["landmarks"], sequence["offsets"], sequence["jpeg"]
+            return sequence
         except Exception as e:
-            raise UserError(f"{self.files[i]} is damaged ({type(e).__name__}): delete it and run data.py again") from None
+            raise UserError(f"{self.files[i]} is damaged or not from data.py ({type(e).__name__}): delete it and prepare it again") from None
 
     def __len__(self):
         return len(self.files)
@@ -468,7 +508,7 @@ class ToyHeads:
     Head i has a face shape, skin, hair, eyes and a background of its own; its frame t a pose: yaw, pitch, roll, blink,
     mouth. The same interface as PreparedVideos: `heads` heads from number `first` on, each with 64 frames.
     """
-    detector = "dlib"
+    detector, name = "dlib", "toy"
 
     def __init__(self, heads, image_size=64, first=0):
         self.heads, self.image_size, self.first = heads, image_size, first
@@ -541,10 +581,15 @@ def main():
     parser.add_argument("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
     parser.add_argument("--landmarks", choices=("fan", "dlib"), default="fan", help="the detector (default: fan, the paper's)")
     parser.add_argument("--image-size", type=int, default=256, help="pixels of a crop (default: 256)")
-    parser.add_argument("--max-frames", type=int, default=128, help="frames kept per sequence, evenly spread; 0: all (default: 128)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--max-frames", type=int, default=128, help="at most so many frames per sequence, evenly spread; 0: all, "
+                        "a sequence's crops then stay in memory until it is written (default: 128)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; for fan on a GPU 2, which share it)")
     args = parser.parse_args()
-    prepare(args.videos, args.out, args.landmarks, args.image_size, args.max_frames, args.workers)
+    workers = args.workers or (2 if args.landmarks == "fan" and torch.cuda.is_available() else os.cpu_count())
+    if workers < 1 or args.max_frames < 0:
+        raise UserError("--workers must be at least 1, --max-frames at least 0")
+    Config(image_size=args.image_size)  # refuses what no network takes
+    prepare(args.videos, args.out, args.landmarks, args.image_size, args.max_frames, workers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import check_writable, faces_in, landmark_detector, run, to_float, to_tensors
+from data import check_paths, faces_in, landmark_detector, run, to_float, to_tensors
 from losses import FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from model import UserError, load_checkpoint, load_networks, save_checkpoint
 
@@ -40,7 +40,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
-    e_new = embed(E, x, y)
+    e_new = embed(E.eval(), x, y)
     with torch.no_grad():  # psi' and w' exist before the optimizers do: else they would never be trained
         psi = nn.Parameter(G.project(e_new[None])[0])           # psi' = P e_NEW
         w = nn.Parameter(D.w0 + e_new)                          # w'   = w0 + e_NEW
@@ -58,7 +58,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
             x_hat = G.render(y[t], psi.expand(len(t), -1))                      # (B, 3, S, S)
             fake_score, fake_features = D(x_hat, y[t], w.detach())              # eq. 8
             with torch.no_grad():
-                real_features = D(x[t], y[t], w)[1]
+                real_features = D.V(x[t], y[t])[1]
             cnt = content(x_hat, x[t])
             adv = adversarial_loss(fake_score)
             fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
@@ -79,12 +79,19 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     return psi.detach(), w.detach(), history
 
 
-def content_loss(config, kind=None, **files):
-    """The ContentLoss to fine-tune with: `kind`, or the checkpoint's own. UserError for a checkpoint that cannot be fine-tuned."""
-    if not config.match:
-        raise UserError("this checkpoint was trained without the match loss (the FF variant), which the paper uses "
+def add_content_flags(parser):
+    parser.add_argument("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
+    parser.add_argument("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
+    parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
+
+
+def load_for_finetuning(path, device):
+    """A meta checkpoint that may be fine-tuned: UserError for the FF variant."""
+    state = load_checkpoint(path, device)
+    if not state["config"].match:
+        raise UserError(f"{path} was trained without the match loss (the FF variant), which the paper uses "
                         "without fine-tuning only: infer.py --feed-forward does that")
-    return ContentLoss(kind or config.content, **files)
+    return state
 
 
 def learn_person(state, x, y, content, epochs, device):
@@ -114,18 +121,16 @@ def main():
     parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
-    parser.add_argument("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
-    parser.add_argument("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
-    parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
+    add_content_flags(parser)
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
-    check_writable(args.out)
+    check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
     device = default_device()
-    state = load_checkpoint(args.checkpoint, device)
+    state = load_for_finetuning(args.checkpoint, device)
     config = state["config"]
     x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
-    content = content_loss(config, args.content, vgg19=args.vgg19, vggface=args.vggface)
+    content = ContentLoss(args.content or config.content, args.vgg19, args.vggface)
     save_person(args.out, *learn_person(state, x, y, content, args.epochs, device))
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 

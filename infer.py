@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Track, check_writable, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video
-from finetune import CHECKPOINT, EPOCHS, content_loss, default_device, learn_person, load_faces, save_person
+from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
+                      save_person)
+from losses import ContentLoss
 from model import UserError, atomic, load_checkpoint, load_person
 
 BATCH = 8   # frames rendered at a time
@@ -85,13 +87,15 @@ def write_video(path, frames, pts, time_base, sound_from=None):
     """
     import av
     base = Fraction(*map(int, time_base))
+    shift = -min(0, int(pts[0])) * base     # mp4 hides what comes before 0
+    pts = pts - min(0, pts[0])
     rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001) if len(pts) > 1 else 25
     options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
     with atomic(path) as temporary:
         try:
             with av.open(temporary, "w", format="mp4", options=options) as out:
                 stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
-                sound = _sound(sound_from, out) if sound_from else iter(())
+                sound = _sound(sound_from, out, shift) if sound_from else iter(())
                 packet = None
                 for frame, stamp in zip(frames, pts, strict=True):
                     if packet is None:  # size and format must be set before the first mux
@@ -112,14 +116,17 @@ def write_video(path, frames, pts, time_base, sound_from=None):
             raise OSError(e.errno, e.strerror or str(e)) from None
 
 
-def _sound(path, out):
-    """Add an audio stream to `out` and return an iterator over its packets; without sound, an empty one."""
+def _sound(path, out, shift):
+    """Add an audio stream to `out` and return an iterator over its packets, `shift` seconds later; without sound, an empty one."""
     import av
     source = av.open(os.fspath(path))
     if not source.streams.audio:
         return iter(())
     audio = source.streams.audio[0]
-    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac"}
+    if audio.codec_context is None:
+        print(f"warning: {path}: its sound is in a codec that cannot be read, and is left out", file=sys.stderr)
+        return iter(())
+    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
     stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
 
     def packets():
@@ -130,6 +137,7 @@ def _sound(path, out):
                         for frame in packet.decode():
                             yield from stream.encode(frame)
                     elif packet.dts is not None:  # the last one is empty, for flushing
+                        packet.pts, packet.dts = packet.pts + round(shift / packet.time_base), packet.dts + round(shift / packet.time_base)
                         packet.stream = stream
                         yield packet
                 if not copy:
@@ -154,19 +162,25 @@ def main():
     parser.add_argument("--compare", action="store_true", help="source, landmarks and result side by side")
     parser.add_argument("--save-person", metavar="FILE", help="keep the person for --person")
     parser.add_argument("--save-track", metavar="FILE", help="keep the driver's landmarks (.npz) as a later --driver")
+    add_content_flags(parser)
     args = parser.parse_args()
-    for path in filter(None, (args.out, args.save_person, args.save_track)):
-        check_writable(path)
+    if args.person and (args.feed_forward or args.save_person):
+        raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
+    inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
+    check_paths(inputs, [args.out, args.save_person, args.save_track])
 
     # everything is read, and refused, before anything long begins
     device = default_device()
-    state = load_checkpoint(args.person or args.checkpoint, device, "person" if args.person else "meta")
+    if args.person or args.feed_forward:
+        state = load_checkpoint(args.person or args.checkpoint, device, "person" if args.person else "meta")
+    else:
+        state = load_for_finetuning(args.checkpoint, device)
     config = state["config"]
     is_track = args.driver.lower().endswith(".npz")
     detect = None if args.person and is_track else landmark_detector(config.landmarks)
     if args.photo:
         x, y = load_faces(args.photo, config, detect)
-        content = None if args.feed_forward else content_loss(config)
+        content = None if args.feed_forward else ContentLoss(args.content or config.content, args.vgg19, args.vggface)
     track = read_driver(args.driver, config, detect)
     if args.save_track:
         save_track(args.save_track, track)

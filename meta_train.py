@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,16 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
-from data import Episodes, PreparedVideos, ToyHeads, run, to_float, to_uint8
+from data import Episodes, PreparedVideos, ToyHeads, check_paths, run, to_float, to_uint8
 from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
-from model import Config, Discriminator, Embedder, Generator, UserError, atomic, load_checkpoint, save_checkpoint
+from model import Config, Discriminator, Embedder, Generator, UserError, atomic, load_checkpoint, save_checkpoint, save_tensors
 
 BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
 LOG_EVERY = 50
 COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
 TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,
-           steps=1500, save_every=300, out="runs/toy")
+           save_every=300, out="runs/toy")
+TOY_STEPS = 1500
 
 
 def parse():
@@ -38,8 +40,8 @@ def parse():
     add = parser.add_argument
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--out", default="runs/meta", metavar="DIR", help="folder of this run (default: runs/meta)")
-    add("--toy", action="store_true", help=f"drawn heads and small networks; changes the defaults to {TOY}")
-    add("--epochs", type=int, default=75, help="an epoch draws as many episodes as there are videos (75; the FF variant: 150)")
+    add("--toy", action="store_true", help=f"drawn heads and small networks; changes the defaults to {TOY_STEPS} steps and {TOY}")
+    add("--epochs", type=int, help="an epoch draws as many episodes as there are videos (75; with --no-match 150)")
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, default=48, help="episodes per step, over all ranks (48)")
     add("--K", type=int, default=8, help="frames per episode that the embedder sees (8)")
@@ -51,13 +53,19 @@ def parse():
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
-    add("--no-match", action="store_true", help="the FF variant: no match loss, no fine-tuning later (give --epochs 150)")
-    add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints and sample grids (1000)")
+    add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
+    add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     if parser.parse_known_args()[0].toy:
         parser.set_defaults(**TOY)
     args = parser.parse_args()
+    if args.toy and not args.steps and not args.epochs:
+        args.steps = TOY_STEPS
+    args.epochs = args.epochs or (150 if args.no_match else 75)
+    check_paths([args.vgg19, args.vggface])
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: 0 or more is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -73,34 +81,34 @@ def checkpoints(out):
 def save(out, step, config, E, G, D, optimizers, run_id, rank, world):
     """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
     state = {"run": run_id, "D": D.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    with atomic(f"{out}/step-{step}.rank-{rank}.state") as temporary:
-        torch.save(state, temporary)
+    save_tensors(state, f"{out}/step-{step}.rank-{rank}.state")
     if world > 1:
         dist.barrier()
     if rank == 0:
         save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
-        for old in checkpoints(out)[:-2]:
-            os.remove(f"{out}/step-{old}.pt")  # first: without it the rest does not count
-            for file in Path(out).glob(f"step-{old}.rank-*.state"):
-                file.unlink()
+        clear(out, checkpoints(out)[-2:])
 
 
-def resume(out, step, config, E, G, D, optimizers, run_id, rank, device):
-    """Put everything back as it was after `step`."""
-    ckpt = load_checkpoint(f"{out}/step-{step}.pt", device)
-    if ckpt["config"] != config:
-        raise UserError(f"{out}/step-{step}.pt was trained with {ckpt['config']}: resume with the same flags")
+def clear(out, keep):
+    """Delete checkpoints but those of the steps in `keep`, and what a killed run left behind."""
+    old = [f for f in Path(out).glob("step-*") if not re.match(r"step-(\d+)\.", f.name) or int(f.name[5:].split(".")[0]) not in keep]
+    for file in sorted(old, key=lambda f: f.suffix != ".pt"):  # the .pt first: without it the rest does not count
+        file.unlink()
+
+
+def read_state(out, step, config, run_id, rank, device):
+    """The two files of a complete step, if they belong to this very run: else UserError."""
+    path = f"{out}/step-{step}"
+    ckpt = load_checkpoint(f"{path}.pt", device)
     try:
-        state = torch.load(f"{out}/step-{step}.rank-{rank}.state", map_location=device, weights_only=True)
+        state = torch.load(f"{path}.rank-{rank}.state", map_location=device, weights_only=True)
     except Exception as e:
-        raise UserError(f"{out}/step-{step}.rank-{rank}.state cannot be read ({type(e).__name__})") from None
-    if state["run"] != run_id:
-        raise UserError(f"{out} was trained with {state['run']}, and this would be {run_id}: resume with the same")
-    E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
-    G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
-    D.load_state_dict(state["D"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+        raise UserError(f"{path}.rank-{rank}.state cannot be read ({type(e).__name__})") from None
+    was, now = vars(ckpt["config"]) | state["run"], vars(config) | run_id
+    changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
+    if changed:
+        raise UserError(f"{out} cannot be resumed: {'; '.join(changed)}")
+    return ckpt, state
 
 
 class Log:
@@ -113,7 +121,8 @@ class Log:
         self.file = open(path, "w", newline="")
         self.csv = csv.writer(self.file)
         self.csv.writerow(COLUMNS)
-        self.csv.writerows(row for row in map(lambda s: s.split(","), lines) if int(row[0]) <= start)
+        rows = [row for row in (line.split(",") for line in lines) if len(row) == len(COLUMNS)]  # a kill can leave half of one
+        self.csv.writerows(row for row in rows if int(row[0]) <= start)
         print("".join(f"{c:>10}" for c in COLUMNS) + f"{'ETA':>10}", flush=True)
 
     def write(self, step, samples_per_step):
@@ -131,7 +140,8 @@ class Log:
 @torch.no_grad()
 def sample_grid(path, E, G, episodes, device, rows=8):
     """A PNG with a row per episode: source s_1, landmarks y(t), target x(t), result x_hat(t)."""
-    x, y = (torch.stack([to_float(episodes[n][k], device) for n in range(rows)]) for k in (1, 2))   # (rows, K+1, 3, S, S)
+    _, x, y = zip(*(episodes[n] for n in range(rows)))
+    x, y = to_float(torch.stack(x), device), to_float(torch.stack(y), device)                       # (rows, K+1, 3, S, S)
     e = torch.stack([E.eval()(x[n, 1:], y[n, 1:]).mean(0) for n in range(rows)])                    # (rows, N)
     grid = torch.stack([x[:, 1], y[:, 0], x[:, 0], G.eval()(y[:, 0], e)], dim=1)                    # (rows, 4, 3, S, S)
     E.train(), G.train()
@@ -146,12 +156,57 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(fast))
 
 
+def train_step(E, G, D, content, optimizers, row, x, y, match=True):
+    """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first. Returns what is logged."""
+    optimizer_EG, optimizer_D, optimizer_W = optimizers
+    x_t, y_t, x_s, y_s = x[:, 0], y[:, 0], x[:, 1:], y[:, 1:]           # (B, 3, S, S), (B, K, 3, S, S)
+
+    # (1) update E and G: eq. 3
+    D.requires_grad_(False)
+    with autocast(x.device):
+        e = E(x_s.flatten(0, 1), y_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])  # (B, K, N)
+        x_hat = G(y_t, e.mean(1))                               # eq. 1 and 2: (B, 3, S, S)
+        w_i = D.rows(row)                                           # (B, N)
+        fake_score, fake_features = D(x_hat, y_t, w_i + D.w0)       # eq. 5
+        with torch.no_grad():
+            real_features = D.V(x_t, y_t)[1]
+        cnt = content(x_hat.float(), x_t)
+        adv = adversarial_loss(fake_score)
+        fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
+        mch = MATCH_WEIGHT * match_loss(e, w_i)
+    loss = cnt + adv + fm + (mch if match else 0)
+    optimizer_EG.zero_grad()
+    loss.backward()
+    optimizer_EG.step()
+
+    # (2) update D twice, on the same batch: eq. 6
+    D.requires_grad_(True)
+    x_both, y_both = torch.cat([x_t, x_hat.detach().float()]), torch.cat([y_t, y_t])    # real, then generated
+    for _ in range(2):
+        with autocast(x.device):
+            w = D.rows(row) + D.w0
+            real_score, fake_score = D(x_both, y_both, torch.cat([w, w]))[0].chunk(2)
+        dsc = hinge_loss(real_score, fake_score)
+        optimizer_D.zero_grad()
+        optimizer_W.zero_grad()
+        dsc.backward()
+        optimizer_D.step()
+        optimizer_W.step()
+
+    norms = e.detach().norm(dim=2).mean(), w_i.norm(dim=1).mean()
+    return torch.stack([v.detach().float() for v in (cnt, adv, fm, mch, dsc, *norms)])
+
+
 def main():
     args = parse()
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} ranks or more on this machine, but only {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
     slots, rest = divmod(args.batch, world)
-    if rest or not slots:
+    if rest:
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} ranks")
     videos = ToyHeads(1000, args.image_size) if args.toy else PreparedVideos(args.data, args.image_size)
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
@@ -160,7 +215,7 @@ def main():
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
                     not args.no_match, args.K, args.lr, args.lr_d)
-    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "videos": len(videos)}
+    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}
     done = checkpoints(args.out)
     if done and not args.resume:
         raise UserError(f"{args.out} already holds {len(done)} checkpoints: add --resume, or name another --out")
@@ -168,6 +223,13 @@ def main():
     if start >= steps:
         print(f"{args.out} is finished: step {start} of {steps}")
         return
+    saved = read_state(args.out, start, config, run_id, rank, device) if start else None
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
+    if rank == 0:
+        clear(args.out, done)
 
     content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
     if world > 1:
@@ -175,15 +237,19 @@ def main():
     torch.manual_seed(args.seed)            # the networks start equal on every rank ...
     layout = dict(device=device, memory_format=torch.channels_last)  # a quarter faster than contiguous tensors
     E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
-    config_D = Config(**vars(config) | {"num_videos": episodes.rows})
-    D = Discriminator(config_D).to(**layout)
+    D = Discriminator(replace(config, num_videos=episodes.rows)).to(**layout)
     torch.manual_seed(args.seed + 1 + rank) # ... and only then do the ranks part
     optimizer_EG = torch.optim.Adam([*E.parameters(), *G.parameters()], args.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), D.w0, D.b], args.lr_d, BETAS)
     optimizer_W = torch.optim.SparseAdam([D.W], args.lr_d, BETAS)  # touches the rows of a batch, not 145 k of them
     optimizers = [optimizer_EG, optimizer_D, optimizer_W]
-    if start:
-        resume(args.out, start, config, E, G, D, optimizers, run_id, rank, device)
+    if saved:
+        ckpt, state = saved
+        E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
+        G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
+        D.load_state_dict(state["D"])
+        for optimizer, was in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(was)
     parallel = {"device_ids": [local] if device.type == "cuda" else None}
     # A.4: gradients are reduced across the GPUs "only for the generator and the embedder"; D stays each rank's own
     E_ddp, G_ddp = (DDP(E, **parallel), DDP(G, **parallel)) if world > 1 else (E, G)
@@ -191,7 +257,6 @@ def main():
     workers = min(8, max(1, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     loader = iter(DataLoader(episodes, slots, sampler=range(start * slots, steps * slots), num_workers=workers,
                              pin_memory=device.type == "cuda"))
-    os.makedirs(args.out, exist_ok=True)
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
 
     for step in range(start + 1, steps + 1):
@@ -199,50 +264,14 @@ def main():
         row, x, y = next(loader)                                        # (B,), (B, K+1, 3, S, S) uint8 twice
         waited = time.time() - waiting
         row, x, y = row.to(device), to_float(x, device), to_float(y, device)
-        x_t, y_t, x_s, y_s = x[:, 0], y[:, 0], x[:, 1:], y[:, 1:]       # (B, 3, S, S), (B, K, 3, S, S)
-
-        # (1) update E and G: eq. 3
-        D.requires_grad_(False)
-        with autocast(device):
-            e = E_ddp(x_s.flatten(0, 1), y_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])  # (B, K, N)
-            x_hat = G_ddp(y_t, e.mean(1))                               # eq. 1 and 2: (B, 3, S, S)
-            w_i = D.rows(row)                                           # (B, N)
-            fake_score, fake_features = D(x_hat, y_t, w_i + D.w0)       # eq. 5
-            with torch.no_grad():
-                real_features = D(x_t, y_t, w_i + D.w0)[1]
-            cnt = content(x_hat, x_t)
-            adv = adversarial_loss(fake_score)
-            fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
-            mch = MATCH_WEIGHT * match_loss(e, w_i)
-        loss = cnt + adv + fm + (mch if config.match else 0)
-        optimizer_EG.zero_grad()
-        loss.backward()
-        optimizer_EG.step()
-
-        # (2) update D twice, on the same batch: eq. 6
-        D.requires_grad_(True)
-        x_both, y_both = torch.cat([x_t, x_hat.detach().float()]), torch.cat([y_t, y_t])    # real, then generated
-        for _ in range(2):
-            with autocast(device):
-                w = D.rows(row) + D.w0
-                real_score, fake_score = D(x_both, y_both, torch.cat([w, w]))[0].chunk(2)
-            dsc = hinge_loss(real_score, fake_score)
-            optimizer_D.zero_grad()
-            optimizer_W.zero_grad()
-            dsc.backward()
-            optimizer_D.step()
-            optimizer_W.step()
-
-        # (3) log
+        values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match)
         last = step % args.save_every == 0 or step == steps
         if rank == 0:
-            norms = e.detach().norm(dim=2).mean(), w_i.norm(dim=1).mean()
-            log.values.append(torch.stack([v.detach().float() for v in (cnt, adv, fm, mch, dsc, *norms)]))
+            log.values.append(values)
             log.waited += waited
             if step % LOG_EVERY == 0 or last:
                 log.write(step, args.batch)
 
-        # (4) save
         if last:
             if rank == 0:
                 sample_grid(f"{args.out}/samples-{step}.png", E, G, examples, device)

@@ -31,7 +31,7 @@ class Config:
     image_size: int = 256       # S: a power of two, 64 to 512
     min_channels: int = 64
     max_channels: int = 512     # also N, the size of an embedding
-    num_videos: int = 0         # rows of W: the training videos that this rank owns
+    num_videos: int = 0         # of the training; a rank's D is built with the number that this rank owns: the rows of W
     landmarks: str = "fan"      # the detector the training data was made with: fan | dlib
     content: str = "vgg"        # the content loss: vgg | squeeze | l1
     match: bool = True          # False: the FF variant, trained without the match loss
@@ -258,11 +258,20 @@ def atomic(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save_tensors(state, path):
+    """torch.save, atomically."""
+    with atomic(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as e:  # what torch.save makes of a full disk
+            raise OSError(str(e).splitlines()[0]) from None
 
 
 def save_checkpoint(path, kind, config, step=0, **parts):
@@ -275,8 +284,7 @@ def save_checkpoint(path, kind, config, step=0, **parts):
     for name, part in parts.items():
         tensors = part.state_dict(prefix=name + ".") if isinstance(part, nn.Module) else {name: part}
         state |= {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    save_tensors(state, path)
 
 
 def load_checkpoint(path, device="cpu", kind="meta"):

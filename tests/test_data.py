@@ -166,14 +166,45 @@ def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
     assert track.seconds()[-1] == pytest.approx((9 * 512 + 10 * 768) / 12800)
 
 
-def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, clip, capsys):
-    frames = [data.to_rgb(f) for f in data.read_video(clip)]
-    infer.write_video(tmp_path / "a.mp4", [np.random.default_rng(k).integers(0, 255, (160, 200, 3), np.uint8) for k in range(40)],
-                     np.arange(40), (1, 25))                                    # the index comes first in our files
-    blob = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "a.mp4").write_bytes(blob[:len(blob) // 2])
-    assert 5 < len(list(data.read_video(tmp_path / "a.mp4"))) < 40 and len(frames) == 20
-    assert "of 40 frames could be read" in capsys.readouterr().err
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
+    path = tmp_path / f"a.{container}"
+    with av.open(str(path), "w", options={"movflags": "faststart"} if container == "mp4" else {}) as out:  # the index first
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for k in range(40):
+            noise = np.random.default_rng(k).integers(0, 255, (64, 64, 3), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        out.mux(stream.encode())
+    blob = path.read_bytes()
+    assert len(list(data.read_video(path))) == 40 and capsys.readouterr().err == ""
+    path.write_bytes(blob[:len(blob) // 2])
+    assert 5 < len(list(data.read_video(path))) < 40
+    assert "frames could be read" in capsys.readouterr().err or container == "ts"       # a .ts file does not know its length
+
+
+def test_frames_without_a_time_of_their_own_get_one(tmp_path):
+    """Raw H.264 has no time stamps; joined .ts files start their clock anew."""
+    with av.open(str(tmp_path / "a.ts"), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for k in range(50):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 5 * k, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    with av.open(str(tmp_path / "a.ts")) as source, open(tmp_path / "raw.h264", "wb") as raw:
+        for packet in source.demux(video=0):
+            raw.write(bytes(packet))
+    (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    for name, count in (("raw.h264", 50), ("twice.ts", 100)):
+        times = [float(f.pts * f.time_base) for f in data.read_video(tmp_path / name)]
+        assert len(times) == count and np.diff(times) == pytest.approx(1 / 25, abs=1e-3)
+
+
+def test_nothing_is_averaged_across_a_cut():
+    points = np.zeros((50, 68, 2))
+    points[:, 36:42], points[:, 42:48], points[:, [48, 54]] = (100, 90), (140, 90), (120, 130)
+    points[25:] += 300
+    assert data.steady_boxes(points, np.arange(50) / 25)[:, 0] == pytest.approx([120] * 25 + [420] * 25)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +316,9 @@ def test_float_and_back():
     assert (data.to_uint8(f)[0].transpose(2, 0, 1) == images[0].numpy()).all()
 
 
-@pytest.mark.parametrize("arguments,words", [(["--videos", "nowhere"], "no folder nowhere"), (["--videos", "."], "neither videos nor photos")])
+@pytest.mark.parametrize("arguments,words", [
+    (["--videos", "nowhere"], "no folder nowhere"), (["--videos", "."], "neither videos nor photos"),
+    (["--workers", "-1"], "--workers"), (["--image-size", "0"], "image size 0")])
 def test_wrong_folders(tmp_path, arguments, words):
     assert words in fail("data.py", *arguments, "--landmarks", "dlib", cwd=tmp_path)
 

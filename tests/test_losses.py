@@ -41,7 +41,7 @@ def test_match_loss_reaches_the_embedder_only():
     assert any(p.grad.abs().sum() > 0 for p in E.parameters()) and D.W.grad is None
 
 
-def matconvnet(path, letter, layers, meta, average, seed=0):
+def matconvnet(path, letter, meta, average, seed=0):
     """A file as MatConvNet publishes them: a cell array of layers, with the mean under `meta` or, older, at the top."""
     rng, c_in, cells = np.random.default_rng(seed), 3, []
     for width in cfgs[letter]:
@@ -67,11 +67,11 @@ def matconvnet(path, letter, layers, meta, average, seed=0):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mat")
     vgg19, vggface = folder / "imagenet-vgg-verydeep-19.mat", folder / "vgg-face.mat"
-    matconvnet(vgg19, "E", None, True, np.array([123.68, 116.779, 103.939]).reshape(1, 1, 3), 1)
+    matconvnet(vgg19, "E", True, np.array([123.68, 116.779, 103.939]).reshape(1, 1, 3), 1)
     image = np.zeros((224, 224, 3), np.float32) + np.array([129.0, 104.0, 93.0], np.float32)
     image[:112] += 1
     image[112:] -= 1                                                                    # an image: its mean counts
-    matconvnet(vggface, "D", None, False, image, 2)
+    matconvnet(vggface, "D", False, image, 2)
     return vgg19, vggface
 
 

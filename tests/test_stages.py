@@ -92,19 +92,26 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     process.wait()
     assert not (tmp_path / "cut/step-40.pt").exists()
     assert "add --resume" in fail(*flags, "--out", "cut", cwd=tmp_path)
-    assert "resume with the same" in fail(*flags, "--out", "cut", "--resume", "--seed", "7", cwd=tmp_path)
-    assert "resume with the same" in fail(*flags, "--out", "cut", "--resume", "--K", "3", cwd=tmp_path)
+    assert "seed was 0, now 7" in fail(*flags, "--out", "cut", "--resume", "--seed", "7", cwd=tmp_path)
+    assert "K was 2, now 3" in fail(*flags, "--out", "cut", "--resume", "--K", "3", cwd=tmp_path)
     succeed(*flags, "--out", "cut", "--resume", cwd=tmp_path)
     assert same(tensors(tmp_path / "whole/step-40.pt"), tensors(tmp_path / "cut/step-40.pt"))
     losses = [[row[:8] for row in csv.reader(open(tmp_path / run / "log.csv"))] for run in ("whole", "cut")]
     assert losses[0] == losses[1]
 
 
-def test_two_ranks_end_with_equal_e_and_g_and_different_d(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "meta_train.py")]
-    result = subprocess.run([*torchrun, *TINY_FLAGS, "--steps", "3", "--out", "run"], cwd=tmp_path, capture_output=True, text=True,
-                            timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+def torchrun(*arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
+
+
+def test_two_ranks_resume_exactly_and_part_only_in_d(tmp_path):
+    for out, stops in (("run", [3]), ("cut", [2, 3])):
+        for steps in stops:
+            torchrun(ROOT / "meta_train.py", *TINY_FLAGS, "--steps", steps, "--out", out, "--resume", cwd=tmp_path)
+    assert same(tensors(tmp_path / "run/step-3.pt"), tensors(tmp_path / "cut/step-3.pt"))
     states = [torch.load(tmp_path / f"run/step-3.rank-{r}.state", weights_only=True) for r in (0, 1)]
     a, b = (s["optimizers"][0]["state"] for s in states)
     assert all(torch.equal(a[k]["exp_avg_sq"], b[k]["exp_avg_sq"]) for k in a)  # equal gradients, so equal E and G
@@ -114,7 +121,7 @@ def test_two_ranks_end_with_equal_e_and_g_and_different_d(tmp_path):
     assert torch.equal(portable["w0"], states[0]["D"]["w0"]) and "W" not in portable
 
     line = fail("meta_train.py", *TINY_FLAGS, "--steps", "5", "--out", "run", "--resume", cwd=tmp_path)
-    assert "'ranks': 2" in line                                                 # the same number of ranks only
+    assert "ranks was 2, now 1" in line                                                 # the same number of ranks only
 
 
 def test_ranks_reduce_e_and_g(tmp_path):
@@ -131,8 +138,7 @@ meta_train.save = save
 meta_train.main()
 """
     (tmp_path / "program.py").write_text(program)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "program.py"], cwd=tmp_path, check=True,
-                   timeout=300, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    torchrun("program.py", cwd=tmp_path)
     (E0, G0, D0), (E1, G1, D1) = (torch.load(tmp_path / f"rank-{r}", weights_only=True) for r in (0, 1))
     assert same(E0, E1) and same(G0, G1)
     assert not torch.equal(D0["V.blocks.0.conv1.parametrizations.weight.original"], D1["V.blocks.0.conv1.parametrizations.weight.original"])
@@ -222,6 +228,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (folder / "cut.mp4").write_bytes(clip.read_bytes()[:3000])                  # its index was at the end
     from PIL import Image
     Image.new("RGB", (300, 300)).save(folder / "dark.png")
+    Image.open(PHOTO).save(folder / "copy.png")
     from conftest import write_clip
     write_clip(folder / "dark.mp4", [np.zeros((64, 64, 3), np.uint8)] * 4, np.arange(4) * 512)
     with av.open(str(folder / "sound.mp4"), "w") as out:
@@ -250,7 +257,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(driver="sound.mp4"), "sound.mp4 has no video in it"),
     (dict(driver="dark.mp4"), "no face found in any of the 4 frames of dark.mp4"),
     (dict(driver="foreign.npz"), "foreign.npz is not a landmark track"),
-    (dict(checkpoint="none.pt"), "no checkpoint at none.pt"),
+    (dict(checkpoint="none.pt"), "no file none.pt"),
     (dict(checkpoint="text.jpg"), "text.jpg is not a readable checkpoint"),
     (dict(checkpoint="foreign.pt"), "foreign.pt is not a checkpoint of this project"),
     (dict(checkpoint="format.pt"), "format 99; this code reads format 1"),
@@ -275,11 +282,17 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
 
 
 @pytest.mark.parametrize("arguments,words", [
-    (["infer.py", "--person", "CHECKPOINT", "--driver", "x.npz"], "is a meta file; a person file is needed"),
+    (["infer.py", "--person", "CHECKPOINT", "--driver", str(ROOT / "assets/speech.npz")], "is a meta file; a person file is needed"),
     (["finetune.py", "--photos", "dark.png", "--checkpoint", "CHECKPOINT"], "no face found in dark.png"),
     (["finetune.py", "--photos", str(PHOTO), "--epochs", "0"], "--epochs 0"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "ff.pt"], "without the match loss"),
+    (["infer.py", "--person", "CHECKPOINT", "--driver", "dark.mp4", "--feed-forward"], "leave out --feed-forward"),
+    (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "copy.png"], "it is also an input"),
+    (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"], "it is also an input"),
     (["meta_train.py", "--data", "nowhere"], "--toy"),
+    (["meta_train.py", "--data", "."], "not from data.py"),
+    (["meta_train.py", "--toy", "--out", "text.jpg"], "cannot write to --out"),
+    (["meta_train.py", "--toy", "--seed", "-1"], "--seed -1"),
     (["meta_train.py", "--toy", "--image-size", "100"], "image size 100"),
     (["meta_train.py", "--toy", "--batch", "0"], "--batch 0"),
     (["meta_train.py", "--toy", "--content", "vgg", "--vgg19", "none.mat"], "no file none.mat"),
