@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import check_paths, faces_in, landmark_detector, run, to_float, to_tensors
 from losses import FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
-from model import UserError, load_checkpoint, load_networks, save_checkpoint
+from model import UserError, autocast, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "toy.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
@@ -55,13 +55,14 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
             # (1) update psi and psi': eq. 9
             D.requires_grad_(False)
-            x_hat = G.render(y[t], psi.expand(len(t), -1))                      # (B, 3, S, S)
-            fake_score, fake_features = D(x_hat, y[t], w.detach())              # eq. 8
-            with torch.no_grad():
-                real_features = D.V(x[t], y[t])[1]
-            cnt = content(x_hat, x[t])
-            adv = adversarial_loss(fake_score)
-            fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
+            with autocast(x.device):
+                x_hat = G.render(y[t], psi.expand(len(t), -1)).float()          # (B, 3, S, S)
+                fake_score, fake_features = D(x_hat, y[t], w.detach())          # eq. 8
+                with torch.no_grad():
+                    real_features = D.V(x[t], y[t])[1]
+                cnt = content(x_hat, x[t])
+                adv = adversarial_loss(fake_score)
+                fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
             optimizer_G.zero_grad()
             (cnt + adv + fm).backward()
             optimizer_G.step()
@@ -69,7 +70,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
             D.requires_grad_(True)
             x_both, y_both = torch.cat([x[t], x_hat.detach()]), torch.cat([y[t], y[t]])
             for _ in range(2):
-                real_score, fake_score = D(x_both, y_both, w)[0].chunk(2)
+                with autocast(x.device):
+                    real_score, fake_score = D(x_both, y_both, w)[0].chunk(2)
                 dsc = hinge_loss(real_score, fake_score)
                 optimizer_D.zero_grad()
                 dsc.backward()

@@ -20,7 +20,7 @@ from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
                       save_person)
 from losses import ContentLoss
-from model import UserError, atomic, load_checkpoint, load_person
+from model import UserError, atomic, autocast, load_checkpoint, load_person
 
 BATCH = 8   # frames rendered at a time
 
@@ -48,7 +48,8 @@ def render(G, psi, points, size, source=None):
     for start in tqdm(range(0, len(points), BATCH), "rendering", unit=" batches"):
         drawn = [draw_landmarks(p, size) for p in points[start:start + BATCH]]
         y = to_float(torch.from_numpy(np.stack(drawn)).movedim(-1, 1), psi.device)     # (B, 3, S, S)
-        frames = to_uint8(G.render(y, psi.expand(len(y), -1)))                         # (B, S, S, 3)
+        with autocast(psi.device):
+            frames = to_uint8(G.render(y, psi.expand(len(y), -1)))                     # (B, S, S, 3)
         if source is not None:
             left = np.broadcast_to(to_uint8(source), frames.shape)
             frames = np.concatenate([left, drawn, frames], axis=2)                     # (B, S, 3S, 3)

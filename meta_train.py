@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from data import Episodes, PreparedVideos, ToyHeads, check_paths, run, to_float, to_uint8
 from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
-from model import Config, Discriminator, Embedder, Generator, UserError, atomic, load_checkpoint, save_checkpoint, save_tensors
+from model import Config, Discriminator, Embedder, Generator, UserError, atomic, autocast, load_checkpoint, save_checkpoint, save_tensors
 
 BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
 LOG_EVERY = 50
@@ -149,11 +149,10 @@ def sample_grid(path, E, G, episodes, device, rows=8):
         Image.fromarray(np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)).save(temporary, "PNG")
 
 
-def autocast(device):
-    """bfloat16 where the device multiplies it fast: CUDA from Ampere on, CPUs with AMX. float32 elsewhere."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-        getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(fast))
+def make_optimizers(E, G, D, config):
+    return [torch.optim.Adam([*E.parameters(), *G.parameters()], config.lr, BETAS),
+            torch.optim.Adam([*D.V.parameters(), D.w0, D.b], config.lr_d, BETAS),
+            torch.optim.SparseAdam([D.W], config.lr_d, BETAS)]  # touches the rows of a batch, not 145 k of them
 
 
 def train_step(E, G, D, content, optimizers, row, x, y, match=True):
@@ -165,12 +164,12 @@ def train_step(E, G, D, content, optimizers, row, x, y, match=True):
     D.requires_grad_(False)
     with autocast(x.device):
         e = E(x_s.flatten(0, 1), y_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])  # (B, K, N)
-        x_hat = G(y_t, e.mean(1))                               # eq. 1 and 2: (B, 3, S, S)
+        x_hat = G(y_t, e.mean(1)).float()                           # eq. 1 and 2: (B, 3, S, S)
         w_i = D.rows(row)                                           # (B, N)
         fake_score, fake_features = D(x_hat, y_t, w_i + D.w0)       # eq. 5
         with torch.no_grad():
             real_features = D.V(x_t, y_t)[1]
-        cnt = content(x_hat.float(), x_t)
+        cnt = content(x_hat, x_t)
         adv = adversarial_loss(fake_score)
         fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
         mch = MATCH_WEIGHT * match_loss(e, w_i)
@@ -181,7 +180,7 @@ def train_step(E, G, D, content, optimizers, row, x, y, match=True):
 
     # (2) update D twice, on the same batch: eq. 6
     D.requires_grad_(True)
-    x_both, y_both = torch.cat([x_t, x_hat.detach().float()]), torch.cat([y_t, y_t])    # real, then generated
+    x_both, y_both = torch.cat([x_t, x_hat.detach()]), torch.cat([y_t, y_t])    # real, then generated
     for _ in range(2):
         with autocast(x.device):
             w = D.rows(row) + D.w0
@@ -239,10 +238,7 @@ def main():
     E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
     D = Discriminator(replace(config, num_videos=episodes.rows)).to(**layout)
     torch.manual_seed(args.seed + 1 + rank) # ... and only then do the ranks part
-    optimizer_EG = torch.optim.Adam([*E.parameters(), *G.parameters()], args.lr, BETAS)
-    optimizer_D = torch.optim.Adam([*D.V.parameters(), D.w0, D.b], args.lr_d, BETAS)
-    optimizer_W = torch.optim.SparseAdam([D.W], args.lr_d, BETAS)  # touches the rows of a batch, not 145 k of them
-    optimizers = [optimizer_EG, optimizer_D, optimizer_W]
+    optimizers = make_optimizers(E, G, D, config)
     if saved:
         ckpt, state = saved
         E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})

@@ -51,6 +51,14 @@ class Config:
         return widths[:-1] + [self.max_channels]
 
 
+def autocast(device):
+    """bfloat16 where the device multiplies it fast: CUDA from Ampere on, CPUs with AMX. float32 elsewhere."""
+    device = torch.device(device).type
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else \
+        device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bool(fast))
+
+
 # ---------------------------------------------------------------------------------------------- blocks
 
 def conv(c_in, c_out, size):

@@ -147,7 +147,7 @@ meta_train.main()
 def test_training_learns_on_toy_heads(tmp_path, monkeypatch):
     train(monkeypatch, tmp_path, "--steps", 80, "--save-every", 10, "--lr", 2e-3, "--batch", 4)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert float(rows[-1]["cnt"]) < 0.8 * float(rows[0]["cnt"])
+    assert float(rows[-1]["cnt"]) < 0.9 * float(rows[0]["cnt"])
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning

@@ -1,0 +1,226 @@
+"""Where the time goes: the figures of the README's section on speed, each a ratio taken in one run on one machine.
+
+    python tests/benchmark.py                       # all of them, about ten minutes on two cores
+    python tests/benchmark.py generator step        # some of: generator step w data infer finetune
+
+Leave the machine idle meanwhile. Times are the best of several interleaved runs, synchronised. "share" is the achieved
+rate of multiply-adds over that of a large matrix product of the same dtype in the same run.
+"""
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.vgg import cfgs, make_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402  (the project's own modules, from wherever this is run)
+import finetune as stage2  # noqa: E402
+import infer as stage3  # noqa: E402
+import meta_train  # noqa: E402
+from losses import VGG19_LAYERS, VGGFACE_LAYERS, ContentLoss, Features  # noqa: E402
+from model import Config, Discriminator, Embedder, Generator, save_checkpoint  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def best(functions, repeats=5):
+    """{name: function} -> {name: seconds}, the minimum over interleaved repeats, after one run to warm up."""
+    seconds = dict.fromkeys(functions, float("inf"))
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def matmul(dtype, n=2048):
+    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    return lambda: a @ a
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def row(name, *values):
+    print(f"  {name:52}" + "".join(f"{v:>16}" for v in values), flush=True)
+
+
+def generator():
+    """G at the paper's size, one frame."""
+    G = Generator(Config()).to(DEVICE).eval()
+    y, e = torch.rand(1, 3, 256, 256, device=DEVICE) * 2 - 1, torch.rand(1, 512, device=DEVICE)
+    with torch.inference_mode():
+        psi = G.project(e)
+        before = G.render(y, psi)
+        unfolded = best({"unfolded": lambda: G(y, e)})["unfolded"]
+        G.fold()
+        difference = (G.render(y, psi) - before).abs().max().item()
+        work = flops(lambda: G.render(y, psi))
+        last = Generator(Config()).to(DEVICE).fold().to(memory_format=torch.channels_last)
+        runs = {}
+        for name, net in (("contiguous", G), ("channels_last", last)):
+            for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+                def run(net=net, dtype=dtype):
+                    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                        net.render(y, psi)
+                runs[f"{kind} {name}"] = run
+        rates = {"float32": 2 * 2048 ** 3, "bfloat16": 2 * 2048 ** 3}
+        times = best(runs | {"float32": matmul(torch.float32), "bfloat16": matmul(torch.bfloat16)})
+    print(f"generator, 256 pixels, one frame, {work / 2e9:.1f} GMAC; folding changes the picture by at most {difference:.1e}")
+    row("", "ms a frame", "GFLOP/s", "share")
+    row("float32 unfolded", f"{unfolded * 1e3:.0f}")
+    for name in runs:
+        rate = rates[name.split()[0]] / times[name.split()[0]]
+        row(name, f"{times[name] * 1e3:.0f}", f"{work / times[name] / 1e9:.0f}", f"{work / times[name] / rate:.0%}")
+    for name in rates:
+        row(f"matrix product {name}", f"{times[name] * 1e3:.0f}", f"{rates[name] / times[name] / 1e9:.0f}")
+
+
+def step():
+    """A training step at the paper's size, K = 8, with VGG19 and VGGFace of random weights."""
+    cfg = Config(num_videos=1000)
+    layout = dict(device=DEVICE, memory_format=torch.channels_last)
+    E, G, D = Embedder(cfg).to(**layout), Generator(cfg).to(**layout), Discriminator(cfg).to(**layout)
+    content = ContentLoss("l1").to(DEVICE)
+    for letter, layers in (("E", VGG19_LAYERS), ("D", VGGFACE_LAYERS)):
+        content.terms.append(Features(make_layers(cfgs[letter]), layers, (128.,) * 3, (1.,) * 3, 0.1).requires_grad_(False).to(**layout))
+    optimizers = meta_train.make_optimizers(E, G, D, cfg)
+    autocast = meta_train.autocast
+    print("training step, 256 pixels, K = 8, two updates of D")
+    row("", "s", "GMAC", "GFLOP/s", "share", "peak GB")
+    for batch in (1, 6) if DEVICE.type == "cuda" else (1,):
+        x, y = torch.rand(2, batch, 9, 3, 256, 256, device=DEVICE) * 2 - 1
+        index = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+        one = lambda: meta_train.train_step(E, G, D, content, optimizers, index, x, y)
+        for kind in ("float32", "bfloat16"):
+            meta_train.autocast = lambda device, on=kind == "bfloat16": torch.autocast(device.type, torch.bfloat16, enabled=on)
+            work = flops(one)
+            times = best({"step": one, "product": matmul(getattr(torch, kind))}, 3)
+            rate = 2 * 2048 ** 3 / times["product"]
+            peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1e3
+            row(f"{kind}, batch {batch}", f"{times['step']:.2f}", f"{work / 2e9:.0f}", f"{work / times['step'] / 1e9:.0f}",
+                f"{work / times['step'] / rate:.0%}", f"{peak / 1e9:.1f}")
+    meta_train.autocast = autocast
+
+
+def w():
+    """W's gather, gradient and optimiser step must not grow with the number of videos."""
+    runs = {}
+    for videos in (1_000, 145_112):
+        W = torch.nn.Parameter(torch.rand(videos, 512, device=DEVICE))
+        optimizer, index = torch.optim.SparseAdam([W], 2e-4, (0.0, 0.999)), torch.arange(6, device=DEVICE) * 100
+
+        def run(W=W, optimizer=optimizer, index=index):
+            optimizer.zero_grad()
+            F.embedding(index, W, sparse=True).sum().backward()
+            optimizer.step()
+        runs[videos] = lambda run=run: [run() for _ in range(100)]
+    times = best(runs, 10)
+    print("W: gather, gradient and step for 6 rows")
+    for videos, seconds in times.items():
+        row(f"{videos} videos", f"{seconds * 1e4:.0f} us", f"{videos * 512 * 4 * 3 / 1e6:.0f} MB with its optimiser")
+    row("ratio", f"{times[145_112] / times[1_000]:.2f}")
+
+
+def clip(path, frames, size=512):
+    """A driver: the astronaut's head moving about, 25 fps."""
+    image = Image.open(ROOT / "assets/astronaut.jpg").crop((90, 0, 370, 280)).resize((size + 64, size + 64), Image.BICUBIC)
+    image, k = np.asarray(image), np.arange(frames)
+    dx, dy = (32 + 24 * np.sin(k / 17)).astype(int), (32 + 16 * np.sin(k / 11)).astype(int)
+    stage3.write_video(str(path), (image[b:b + size, a:a + size] for a, b in zip(dx, dy)), k, (1, 25))
+
+
+def data_():
+    """Preparing against decoding plus detection alone, and loading, on one core."""
+    torch.set_num_threads(1)
+    detect = data.landmark_detector("dlib")
+    with tempfile.TemporaryDirectory() as folder:
+        clip(f"{folder}/a.mp4", 100, 224)
+        alone = lambda: [detect(data.to_rgb(f)) for f in data.read_video(f"{folder}/a.mp4")]
+        data._detect = detect
+        whole = lambda: data._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", "dlib", 256, 0)
+        times = best({"alone": alone, "whole": whole}, 3)
+        print("data, one core")
+        row("decoding and detection alone, 224 pixels", f"{100 / times['alone']:.0f} frames/s")
+        row("data.py", f"{100 / times['whole']:.0f} frames/s", f"{times['alone'] / times['whole']:.2f} of it")
+        episodes = data.Episodes(data.PreparedVideos(f"{folder}/p"), 8, 6)
+        seconds = best({"load": lambda: [episodes[n] for n in range(10)]})["load"]
+        row("loading (decode, draw, stack), 256 pixels", f"{90 / seconds:.0f} frames/s")
+    torch.set_num_threads(os.cpu_count())
+
+
+def infer():
+    """infer.py against the sum of its parts; memory against the driver's length. The 64-pixel toy checkpoint."""
+    state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
+    config = state["config"]
+    detect, S = data.landmark_detector("dlib"), config.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        clip(f"{folder}/short.mp4", 150), clip(f"{folder}/long.mp4", 1500)
+        x, y = stage2.load_faces([ROOT / "assets/astronaut.jpg"], config, detect)
+        _, G, psi, source = person = stage2.learn_person(state, x, y, None, 0, DEVICE)
+        stage2.save_person(f"{folder}/p.pt", *person)
+        frames = [np.zeros((S, S, 3), np.uint8)] * 150
+        track = data.track_video(f"{folder}/short.mp4", detect, "dlib")
+        points = track.in_crops(S)
+        command = [sys.executable, str(ROOT / "infer.py"), "--person", f"{folder}/p.pt", "--out", f"{folder}/o.mp4", "--driver"]
+        quiet = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def whole():
+            track = data.track_video(f"{folder}/short.mp4", detect, "dlib")
+            stage3.write_video(f"{folder}/o.mp4", stage3.render(G, psi, track.in_crops(S), S), track.pts, track.time_base)
+        times = best({
+            "decoding": lambda: [data.to_rgb(f) for f in data.read_video(f"{folder}/short.mp4")],
+            "detection": lambda frames=[data.to_rgb(f) for f in data.read_video(f"{folder}/short.mp4")]: [detect(f) for f in frames],
+            "G": lambda: list(stage3.render(G, psi, points, S)),
+            "encoding": lambda: stage3.write_video(f"{folder}/o.mp4", frames, np.arange(150), (1, 25)),
+            "whole": whole}, 3)
+        print(f"infer.py, {S} pixels, driver of 512 pixels")
+        for name, seconds in times.items():
+            row(name, f"{150 / seconds:.0f} frames/s")
+        parts = sum(times.values()) - times["whole"]
+        row("whole / sum of parts", f"{times['whole'] / parts:.2f}")
+        peaks = []
+        for name in ("short", "long"):
+            subprocess.run([sys.executable, "-c", "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+                            "open(sys.argv[-1] + '.peak', 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))",
+                            *command, f"{folder}/{name}.mp4"], **quiet)
+            peaks.append(int(Path(f"{folder}/{name}.mp4.peak").read_text()))
+        row("peak memory, 6 s and 60 s", *(f"{p / 1e3:.0f} MB" for p in peaks), f"ratio {peaks[1] / peaks[0]:.3f}")
+
+
+def finetune():
+    """T = 8, 40 epochs, against 40 bare steps of the same updates; the toy checkpoint."""
+    x, y = (data.to_float(t, DEVICE) for t in data.to_tensors(*data.ToyHeads(1, 64).load(0, lambda n: range(8))))
+    state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
+    content = ContentLoss("l1").to(DEVICE)
+    nets = stage2.load_networks(state)
+    few = lambda epochs: stage2.finetune(*nets, x, y, state["config"], content, epochs)
+    times = best({"40 epochs": lambda: few(40), "1 epoch": lambda: few(1), "2 epochs": lambda: few(2), "embedding": lambda: few(0)}, 3)
+    print("fine-tuning, T = 8, 64 pixels")
+    for name, seconds in times.items():
+        row(name, f"{seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU, ' + str(torch.get_num_threads()) + ' threads'}, torch {torch.__version__}")
+    stages = {"generator": generator, "step": step, "w": w, "data": data_, "infer": infer, "finetune": finetune}
+    for name in sys.argv[1:] or stages:
+        stages[name]()
