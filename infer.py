@@ -192,6 +192,7 @@ def main():
         _, G, psi, source = person = learn_person(state, x, y, content, 0 if args.feed_forward else EPOCHS, device)
         if args.save_person:
             save_person(args.save_person, *person)
+    G = G.to(memory_format=torch.channels_last)     # measured faster than contiguous, in float32 and in bfloat16
     frames = render(G, psi, track.in_crops(config.image_size), config.image_size, source if args.compare else None)
     write_video(args.out, frames, track.pts, track.time_base, None if is_track else args.driver)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")

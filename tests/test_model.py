@@ -101,7 +101,8 @@ def test_blocks_against_their_definition():
     assert torch.allclose(first(x), F.avg_pool2d(first.conv2(F.relu(first.conv1(x))) + first.skip(x), 2), atol=1e-5)
     up, a, b = AdaBlock(8, 4, up=True).eval(), torch.randn(2, 16), torch.randn(2, 8)
     double = lambda t: t.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    h = up.conv1(double(F.relu(adain(x, a))))
+    kernel = up.conv1.parametrizations.weight[0](up.conv1.parametrizations.weight.original)     # 3x3, spectrally normalised
+    h = F.conv2d(double(F.relu(adain(x, a))), kernel, up.conv1.bias, padding=1)
     h = up.conv2(F.relu(adain(h, b)))
     assert torch.allclose(up(x, a, b), h + up.skip(double(x)), atol=1e-5)
 
