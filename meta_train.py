@@ -5,7 +5,8 @@
     python meta_train.py ... --resume                                             # go on after a stop, exactly
 
 Writes to --out: step-N.pt (what finetune.py and infer.py read), step-N.rank-R.state (for --resume), log.csv and
-samples-N.png (rows of source, landmarks, target, result). Every default is the paper's.
+samples-N.png (rows of source, landmarks, target, result). The defaults are the paper's;
+its content loss needs --vgg19 and --vggface.
 """
 import argparse
 import csv
@@ -45,9 +46,9 @@ def parse():
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, default=48, help="episodes per step, over all ranks (48)")
     add("--K", type=int, default=8, help="frames per episode that the embedder sees (8)")
-    add("--image-size", type=int, default=256)
-    add("--min-channels", type=int, default=64)
-    add("--max-channels", type=int, default=512)
+    add("--image-size", type=int, default=256, help="64, 128, 256 or 512 (256)")
+    add("--min-channels", type=int, default=64, help="of the first block (64)")
+    add("--max-channels", type=int, default=512, help="at most, and the size of an embedding (512)")
     add("--lr", type=float, default=5e-5, help="of E and G (5e-5)")
     add("--lr-d", type=float, default=2e-4, help="of D (2e-4)")
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
@@ -56,7 +57,7 @@ def parse():
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the networks and the data (0)")
     if parser.parse_known_args()[0].toy:
         parser.set_defaults(**TOY)
     args = parser.parse_args()
@@ -261,14 +262,14 @@ def main():
         waited = time.time() - waiting
         row, x, y = row.to(device), to_float(x, device), to_float(y, device)
         values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match)
-        last = step % args.save_every == 0 or step == steps
+        saving = step % args.save_every == 0 or step == steps
         if rank == 0:
             log.values.append(values)
             log.waited += waited
-            if step % LOG_EVERY == 0 or last:
+            if step % LOG_EVERY == 0 or saving:
                 log.write(step, args.batch)
 
-        if last:
+        if saving:
             if rank == 0:
                 sample_grid(f"{args.out}/samples-{step}.png", E, G, examples, device)
             save(args.out, step, config, E, G, D, optimizers, run_id, rank, world)

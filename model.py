@@ -73,7 +73,8 @@ class UpConv(nn.Conv2d):
     """
 
     class Spread(nn.Module):
-        """The 3x3 kernel (out, in, 3, 3), seen from the small image: each pixel stands for 2x2 -> (in, out, 4, 4)."""
+        """(out, in, 3, 3) -> (in, out, 4, 4). Pixel i of the small image stands for the pixels 2i and 2i + 1 of the large
+        one: the transposed kernel is the sum of the flipped 3x3 kernel at these offsets, 0 and 1, in both directions."""
 
         def forward(self, weight):
             k = weight.flip(2, 3).transpose(0, 1)
@@ -198,7 +199,10 @@ class Embedder(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(y, e_hat; psi, P) of Sec. 3.1: y (B, 3, S, S), e_hat (B, N) -> x_hat (B, 3, S, S) in [-1, 1]."""
+    """G(y, e_hat; psi, P) of Sec. 3.1: y (B, 3, S, S), e_hat (B, N) -> x_hat (B, 3, S, S) in [-1, 1].
+
+    The paper's psi are the weights of this module; what is called psi below is its psi_hat (Sec. 3.2) or psi' (Sec. 3.3).
+    """
 
     def __init__(self, cfg):
         super().__init__()
