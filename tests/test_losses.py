@@ -5,7 +5,7 @@ import torch
 from scipy.io import savemat
 from torchvision.models.vgg import cfgs
 
-from conftest import networks
+from conftest import ROOT, networks
 from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
 from model import UserError
 
@@ -134,3 +134,19 @@ def test_files_that_are_no_such_networks(files, tmp_path):
                         (tmp_path / "none.mat", "no file"), (files[1], "does not hold a VGG19")):
         with pytest.raises(UserError, match=words):
             ContentLoss("vgg", path)
+
+
+def test_squeezenet_content_loss():
+    """With the ImageNet weights in torch hub's folder; these are not part of the repository."""
+    home = ROOT.parent / "shared" / "torch_home"
+    if not (home / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").exists():
+        pytest.skip("no SqueezeNet weights at hand")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home))
+        loss = ContentLoss("squeeze")
+    net, (x, y) = loss.terms[0], torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    mean, std = torch.tensor([.485, .456, .406]).view(3, 1, 1), torch.tensor([.229, .224, .225]).view(3, 1, 1)
+    h = [net.net[:2](((v + 1) / 2 - mean) / std) for v in (x, y)]               # relu of the first convolution, by torchvision's rules
+    assert torch.allclose(net(x)[0], h[0], atol=1e-4) and len(net(x)) == 7
+    expected = 40 * (x - y).abs().mean() + 0.2 * sum((a - b).abs().mean() for a, b in zip(net(x), net(y)))
+    assert loss(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and loss(x, x).item() == 0
