@@ -180,7 +180,7 @@ def crop(image, box, size):
     if over.any():  # reflection: repeated edges draw streaks, which a generator then learns
         image = np.pad(image, ((over[1], over[3]), (over[0], over[2]), (0, 0)), mode="reflect" if min(height, width) > 1 else "edge")
         edges += np.tile(over[:2], 2)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.LANCZOS, box=tuple(edges)))
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, box=tuple(edges)))
 
 
 def to_crop(points, box, size):
@@ -448,7 +448,7 @@ class PreparedVideos:
             start, end = sequence["offsets"][t:t + 2].tolist()
             image = Image.open(io.BytesIO(sequence["jpeg"][start:end].numpy()))
             image.draft("RGB", (S, S))  # the JPEG decoder itself can shrink by 2, 4, 8
-            frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.LANCZOS)))
+            frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.BICUBIC)))
         points = sequence["landmarks"][ts].numpy()
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 

@@ -40,6 +40,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
+    for net in filter(None, (E, G, D, content)):
+        net.to(memory_format=torch.channels_last)               # a quarter faster than contiguous tensors
     e_new = embed(E.eval(), x, y)
     with torch.no_grad():  # psi' and w' exist before the optimizers do: else they would never be trained
         psi = nn.Parameter(G.project(e_new[None])[0])           # psi' = P e_NEW

@@ -20,9 +20,7 @@ from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
                       save_person)
 from losses import ContentLoss
-from model import UserError, atomic, autocast, load_checkpoint, load_person
-
-BATCH = 8   # frames rendered at a time
+from model import UserError, atomic, fast_dtype, load_checkpoint, load_person
 
 
 def read_driver(path, config, detect):
@@ -45,11 +43,13 @@ def render(G, psi, points, size, source=None):
 
     source: a picture (3, S, S) in [-1, 1]: then (S, 3S, 3), with source, landmarks and result side by side.
     """
-    for start in tqdm(range(0, len(points), BATCH), "rendering", unit=" batches"):
-        drawn = [draw_landmarks(p, size) for p in points[start:start + BATCH]]
+    dtype = fast_dtype(psi.device)
+    G, psi = G.to(dtype=dtype, memory_format=torch.channels_last), psi.to(dtype)     # G is not for training any more
+    batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # on CPUs large images go faster one by one
+    for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches"):
+        drawn = [draw_landmarks(p, size) for p in points[start:start + batch]]
         y = to_float(torch.from_numpy(np.stack(drawn)).movedim(-1, 1), psi.device)     # (B, 3, S, S)
-        with autocast(psi.device):
-            frames = to_uint8(G.render(y, psi.expand(len(y), -1)))                     # (B, S, S, 3)
+        frames = to_uint8(G.render(y.to(dtype), psi.expand(len(y), -1)))           # (B, S, S, 3)
         if source is not None:
             left = np.broadcast_to(to_uint8(source), frames.shape)
             frames = np.concatenate([left, drawn, frames], axis=2)                     # (B, S, 3S, 3)
@@ -192,7 +192,6 @@ def main():
         _, G, psi, source = person = learn_person(state, x, y, content, 0 if args.feed_forward else EPOCHS, device)
         if args.save_person:
             save_person(args.save_person, *person)
-    G = G.to(memory_format=torch.channels_last)     # measured faster than contiguous, in float32 and in bfloat16
     frames = render(G, psi, track.in_crops(config.image_size), config.image_size, source if args.compare else None)
     write_video(args.out, frames, track.pts, track.time_base, None if is_track else args.driver)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")

@@ -6,6 +6,7 @@
 Leave the machine idle meanwhile. Times are the best of several interleaved runs, synchronised. "share" is the achieved
 rate of multiply-adds over that of a large matrix product of the same dtype in the same run.
 """
+import copy
 import os
 import resource
 import subprocess
@@ -79,10 +80,8 @@ def generator():
         runs = {}
         for name, net in (("contiguous", G), ("channels_last", last)):
             for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-                def run(net=net, dtype=dtype):
-                    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                        net.render(y, psi)
-                runs[f"{kind} {name}"] = run
+                net_, inputs = copy.deepcopy(net).to(dtype), (y.to(dtype), psi.to(dtype))
+                runs[f"{kind} {name}"] = lambda net=net_, inputs=inputs: net.render(*inputs)
         rates = {"float32": 2 * 2048 ** 3, "bfloat16": 2 * 2048 ** 3}
         times = best(runs | {"float32": matmul(torch.float32), "bfloat16": matmul(torch.bfloat16)})
     print(f"generator, 256 pixels, one frame: {work / 2e9:.1f} GMAC as the paper's layers are, on which the shares are based; "
@@ -96,14 +95,20 @@ def generator():
         row(f"matrix product {name}", f"{times[name] * 1e3:.0f}", f"{rates[name] / times[name] / 1e9:.0f}")
 
 
+def random_vgg():
+    """The paper's content loss with random weights: the same work."""
+    content = ContentLoss("l1")
+    for letter, layers in (("E", VGG19_LAYERS), ("D", VGGFACE_LAYERS)):
+        content.terms.append(Features(make_layers(cfgs[letter]), layers, (128.,) * 3, (1.,) * 3, 0.1).requires_grad_(False))
+    return content.to(device=DEVICE, memory_format=torch.channels_last)
+
+
 def step():
     """A training step at the paper's size, K = 8, with VGG19 and VGGFace of random weights."""
     cfg = Config(num_videos=1000)
     layout = dict(device=DEVICE, memory_format=torch.channels_last)
     E, G, D = Embedder(cfg).to(**layout), Generator(cfg).to(**layout), Discriminator(cfg).to(**layout)
-    content = ContentLoss("l1").to(DEVICE)
-    for letter, layers in (("E", VGG19_LAYERS), ("D", VGGFACE_LAYERS)):
-        content.terms.append(Features(make_layers(cfgs[letter]), layers, (128.,) * 3, (1.,) * 3, 0.1).requires_grad_(False).to(**layout))
+    content = random_vgg()
     optimizers = meta_train.make_optimizers(E, G, D, cfg)
     autocast = meta_train.autocast
     print("training step, 256 pixels, K = 8, two updates of D")
@@ -163,6 +168,16 @@ def data_():
         print("data, one core")
         row("decoding and detection alone, 224 pixels", f"{100 / times['alone']:.0f} frames/s")
         row("data.py", f"{100 / times['whole']:.0f} frames/s", f"{times['alone'] / times['whole']:.2f} of it")
+        for n in range(16):
+            os.makedirs(f"{folder}/v/{n}")
+            os.link(f"{folder}/a.mp4", f"{folder}/v/{n}/a.mp4")
+        rates = []
+        for workers in (1, 2):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, str(ROOT / "data.py"), "--videos", f"{folder}/v", "--out", f"{folder}/{workers}", "--landmarks",
+                            "dlib", "--workers", str(workers), "--max-frames", "0"], check=True, capture_output=True)
+            rates.append(1600 / (time.perf_counter() - start))
+        row("the whole command, start included, 1 and 2 workers", *(f"{r:.0f} frames/s" for r in rates), f"ratio {rates[1] / rates[0]:.2f}")
         episodes = data.Episodes(data.PreparedVideos(f"{folder}/p"), 8, 6)
         seconds = best({"load": lambda: [episodes[n] for n in range(10)]})["load"]
         row("loading (decode, draw, stack), 256 pixels", f"{90 / seconds:.0f} frames/s")
@@ -219,6 +234,13 @@ def finetune():
     print("fine-tuning, T = 8, 64 pixels")
     for name, seconds in times.items():
         row(name, f"{seconds:.2f} s")
+    print("fine-tuning at the paper's size, 256 pixels, VGG19 and VGGFace: one epoch, and 40 times that")
+    cfg, content = Config(), random_vgg()
+    nets = [net(cfg).to(DEVICE) for net in (Embedder, Generator, Discriminator)]
+    for T in (1, 8, 32):
+        x, y = torch.rand(2, T, 3, 256, 256, device=DEVICE) * 2 - 1
+        seconds = best({"epoch": lambda: stage2.finetune(*nets, x, y, cfg, content, 1)}, 1)["epoch"]
+        row(f"T = {T}", f"{seconds:.1f} s", f"{40 * seconds:.0f} s")
 
 
 if __name__ == "__main__":
