@@ -61,9 +61,10 @@ def parse():
     if parser.parse_known_args()[0].toy:
         parser.set_defaults(**TOY)
     args = parser.parse_args()
-    if args.toy and not args.steps and not args.epochs:
+    if args.steps is None and args.epochs is None and args.toy:
         args.steps = TOY_STEPS
-    args.epochs = args.epochs or (150 if args.no_match else 75)
+    if args.epochs is None:
+        args.epochs = 150 if args.no_match else 75
     check_paths([args.vgg19, args.vggface])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more is needed")

@@ -295,6 +295,8 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["meta_train.py", "--toy", "--seed", "-1"], "--seed -1"),
     (["meta_train.py", "--toy", "--image-size", "100"], "image size 100"),
     (["meta_train.py", "--toy", "--batch", "0"], "--batch 0"),
+    (["meta_train.py", "--toy", "--steps", "0"], "--steps 0"),
+    (["meta_train.py", "--toy", "--epochs", "0"], "--epochs 0"),
     (["meta_train.py", "--toy", "--content", "vgg", "--vgg19", "none.mat"], "no file none.mat"),
 ])
 def test_other_stages_refuse_wrong_input_in_one_line(wrong, checkpoint, arguments, words):
