@@ -9,14 +9,13 @@ landmarks themselves, half a kilobyte a frame.
 """
 import argparse
 import os
-import sys
 from fractions import Fraction
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video
+from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
                       save_person)
 from losses import ContentLoss
@@ -28,7 +27,7 @@ def read_driver(path, config, detect):
     if path.lower().endswith(".npz"):
         track = load_track(path)
         if track.detector != config.landmarks:
-            print(f"warning: {path} holds {track.detector} landmarks, the checkpoint was trained with {config.landmarks}", file=sys.stderr)
+            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with {config.landmarks}")
     else:
         track = track_video(path, detect, config.landmarks, progress=True)
     missed = len(track.found) - int(track.found.sum())
@@ -125,7 +124,7 @@ def _sound(path, out, shift):
         return iter(())
     audio = source.streams.audio[0]
     if audio.codec_context is None:
-        print(f"warning: {path}: its sound is in a codec that cannot be read, and is left out", file=sys.stderr)
+        warn(f"{path}: its sound is in a codec that cannot be read, and is left out")
         return iter(())
     copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
     stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
@@ -144,7 +143,7 @@ def _sound(path, out, shift):
                 if not copy:
                     yield from stream.encode()
             except av.FFmpegError as e:
-                print(f"warning: the sound of {path} ends early ({e.strerror or e})", file=sys.stderr)
+                warn(f"the sound of {path} ends early ({e.strerror or e})")
 
     return packets()
 

@@ -30,7 +30,7 @@ import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
 from losses import VGG19_LAYERS, VGGFACE_LAYERS, ContentLoss, Features  # noqa: E402
-from model import Config, Discriminator, Embedder, Generator, save_checkpoint  # noqa: E402
+from model import Config, Discriminator, Embedder, Generator  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
