@@ -146,14 +146,16 @@ def shrink(image, scale):
 # ------------------------------------------------------------------------------------------------ crops
 
 def face_box(points):
-    """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3): centre x, y and half side."""
+    """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3): centre x, y and half side.
+
+    Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows."""
     eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
     mouth = points[..., [48, 54], :].mean(-2)
     between = eyes.mean(-2)
     eye_distance = np.linalg.norm(eyes[..., 0, :] - eyes[..., 1, :], axis=-1)
     mouth_distance = np.linalg.norm(mouth - between, axis=-1)
-    half = 1.1 * np.maximum(2 * eye_distance, 1.8 * mouth_distance)
-    return np.concatenate([between + 0.1 * (mouth - between), half[..., None]], axis=-1)
+    half = np.maximum(2 * eye_distance, 1.8 * mouth_distance)
+    return np.concatenate([between + 0.5 * (mouth - between), half[..., None]], axis=-1)
 
 
 def steady_boxes(points, times):
@@ -169,6 +171,13 @@ def steady_boxes(points, times):
         weight = np.exp(-0.5 * (times[a:b] - t) ** 2) * (shot[a:b] == shot[k])
         result[k] = weight @ boxes[a:b] / weight.sum()
     return result
+
+
+def inside(box, image):
+    """A box moved into the picture as far as it fits: what lies beyond can only be made up. box (3,) -> (3,)."""
+    room = np.array(image.shape[1::-1]) - 2 * box[2]            # x and y that are left, negative where it is too large
+    corner = np.clip(box[:2] + 0.5 - box[2], np.minimum(room / 2, 0), np.maximum(room / 2, room))
+    return np.append(corner + box[2] - 0.5, box[2])
 
 
 def crop(image, box, size):
@@ -312,7 +321,7 @@ def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
         points = detect(image)
         if points is None:
             raise UserError(f"no face found in {path}; if there is one, cut the picture closer to it")
-        box = face_box(points)
+        box = inside(face_box(points), image)
         yield crop(image, box, size), to_crop(points, box, size)
         return
     count = count_frames(path) if max_frames else 0
@@ -322,7 +331,9 @@ def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
     kept = (frame for k, frame in enumerate(read_video(path, lambda message: None)) if k in chosen)
     for frame, box, points, found in zip(kept, boxes, track.points, track.found):
         if found:
-            yield crop(to_rgb(frame), box, size), to_crop(points, box, size)
+            image = to_rgb(frame)
+            box = inside(box, image)
+            yield crop(image, box, size), to_crop(points, box, size)
 
 
 # ----------------------------------------------------------------------------------- preparing a folder
@@ -417,6 +428,7 @@ class PreparedVideos:
     """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, ts): some of them."""
 
     def __init__(self, folder, image_size=None):
+        self.folder = folder
         self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
         if not self.files:
             raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR --out {folder}`, "
@@ -440,6 +452,9 @@ class PreparedVideos:
     def __len__(self):
         return len(self.files)
 
+    def count(self, i):
+        return len(self._open(i)["landmarks"])
+
     def load(self, i, choose):
         """choose(count) -> frame numbers ts; returns frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) in pixels."""
         sequence, S = self._open(i), self.image_size
@@ -461,11 +476,15 @@ class Episodes(torch.utils.data.Dataset):
     Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
     """
 
-    def __init__(self, videos, K, slots, seed=0, rank=0, world=1):
+    def __init__(self, videos, K, slots, seed=0, rank=0, world=1, config=Config()):
         self.videos, self.K, self.slots, self.seed, self.rank, self.world = videos, K, slots, seed, rank, world
-        self.rows = len(range(rank, len(videos), world))
+        self.augment, self.stills = config.augment, config.stills
+        own = range(rank, len(videos), world)
+        self.rows = len(own)
         if not self.rows:
             raise UserError(f"{len(videos)} sequences are too few for {world} ranks")
+        odds = np.cumsum([videos.count(i) if config.by_frames else 1 for i in own])
+        self.odds = odds / odds[-1]
 
     def __len__(self):
         return sys.maxsize  # drawn without end
@@ -473,17 +492,51 @@ class Episodes(torch.utils.data.Dataset):
     def __getitem__(self, n):
         step, slot = divmod(n, self.slots)
         rng = np.random.default_rng((self.seed, step, self.rank, slot))
-        row = int(rng.integers(self.rows))
-        frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K))
+        still = rng.random() < self.stills      # these are drawn evenly: one photo is as good as a long video for them
+        row = int(rng.integers(self.rows) if still else np.searchsorted(self.odds, rng.random(), side="right"))
+        frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K, still))
+        if still:
+            frames, points = warp(rng, frames, points)
+        if self.augment:
+            frames, points = recolour_and_mirror(rng, frames, points)
         x, y = to_tensors(frames, points)
         return row, x, y
 
 
-def draw_frames(rng, count, K):
-    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat."""
+def draw_frames(rng, count, K, still=False):
+    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat. still: K + 1 times t."""
     t = int(rng.integers(count))
+    if still:
+        return [t] * (K + 1)
     others = np.delete(np.arange(count), t)
     return [t, *rng.choice(others, K, replace=len(others) < K).tolist()]
+
+
+def warp(rng, frames, points):
+    """Turn, scale, shear and shift every frame a little by itself: one photo becomes a short video (not in the paper)."""
+    S, warped, moved = frames.shape[1], [], []
+    for frame, p in zip(frames, points):
+        A = np.eye(2) + rng.uniform(-.15, .15, (2, 2))                          # result -> source, about the middle
+        shift = (np.eye(2) - A) @ (S / 2, S / 2) + rng.uniform(-.06, .06, 2) * S
+        padded = Image.fromarray(np.pad(frame, ((S // 2,) * 2, (S // 2,) * 2, (0, 0)), mode="reflect"))
+        (a, b), (c, d) = A
+        warped.append(np.asarray(padded.transform((S, S), Image.AFFINE, (a, b, shift[0] + S // 2, c, d, shift[1] + S // 2), Image.BICUBIC)))
+        moved.append((p + 0.5 - shift) @ np.linalg.inv(A).T - 0.5)
+    return np.stack(warped), np.stack(moved)
+
+
+MIRRORED = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]
+
+
+def recolour_and_mirror(rng, frames, points):
+    """Gamma and tint, the same for an episode's frames, and half of the episodes mirrored (not in the paper)."""
+    gamma = 2 ** (rng.uniform(-.5, .5) + rng.uniform(-.15, .15, 3))
+    table = (255 * np.linspace(0, 1, 256)[:, None] ** gamma).round().astype(np.uint8)      # (256, 3)
+    frames = table[frames, np.arange(3)]
+    if rng.random() < .5:
+        frames, points = frames[:, :, ::-1], points[:, MIRRORED]
+        points = np.stack([frames.shape[2] - 1 - points[..., 0], points[..., 1]], axis=-1)
+    return frames, points
 
 
 def to_tensors(frames, points):
@@ -516,8 +569,11 @@ class ToyHeads:
     def __len__(self):
         return self.heads
 
+    def count(self, i):
+        return 64
+
     def load(self, i, choose):
-        pairs = [self.draw(self.first + i, t) for t in choose(64)]
+        pairs = [self.draw(self.first + i, t) for t in choose(self.count(i))]
         return np.stack([f for f, _ in pairs]), np.stack([p for _, p in pairs])
 
     def draw(self, i, t):

@@ -34,18 +34,24 @@ def embed(E, x, y):
     return torch.cat([E(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH))]).mean(0)
 
 
-def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False):
+def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
+    The ablations of A.2: adversarial=False leaves L'_ADV out of eq. 9; random="e", "psi" or "w" starts e_NEW, psi' or
+    w' from random numbers of the size that they would have.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)               # a quarter faster than contiguous tensors
     e_new = embed(E.eval(), x, y)
     with torch.no_grad():  # psi' and w' exist before the optimizers do: else they would never be trained
-        psi = nn.Parameter(G.project(e_new[None])[0])           # psi' = P e_NEW
-        w = nn.Parameter(D.w0 + e_new)                          # w'   = w0 + e_NEW
+        noise = torch.Generator(x.device).manual_seed(seed)
+        like = lambda v: v.std() * torch.randn(v.shape, generator=noise, device=v.device) + v.mean()
+        e_new = like(e_new).relu() if random == "e" else e_new
+        psi = G.project(e_new[None])[0]                         # psi' = P e_NEW
+        psi = nn.Parameter(like(psi) if random == "psi" else psi)
+        w = nn.Parameter(D.w0 + (like(e_new) if random == "w" else e_new))      # w' = w0 + e_NEW
     betas = (0.0, 0.999)
     parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' has taken P's place
     optimizer_G = torch.optim.Adam([*parameters_G, psi], config.lr, betas)
@@ -66,7 +72,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 adv = adversarial_loss(fake_score)
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
             optimizer_G.zero_grad()
-            (cnt + adv + fm).backward()
+            (cnt + (adv + fm if adversarial else 0)).backward()
             optimizer_G.step()
             # (2) update theta, w' and b twice: eq. 10
             D.requires_grad_(True)

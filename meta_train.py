@@ -9,6 +9,7 @@ samples-N.png (rows of source, landmarks, target, result). The defaults are the 
 its content loss needs --vgg19 and --vggface.
 """
 import argparse
+import copy
 import csv
 import math
 import os
@@ -54,6 +55,10 @@ def parse():
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="checkpoints hold a moving average of E and G, 0.999 for one (0: none)")
+    add("--by-frames", action="store_true", help="draw sequences in proportion to their frames: folders of few photos less often")
+    add("--augment", action="store_true", help="recolour episodes and mirror half of them")
+    add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes are one frame, warped K + 1 times (0)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
@@ -68,6 +73,9 @@ def parse():
     check_paths([args.vgg19, args.vggface])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more is needed")
+    for name in ("ema", "stills"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -80,14 +88,26 @@ def checkpoints(out):
     return sorted(int(m[1]) for f in Path(out).glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)\.pt", f.name)))
 
 
-def save(out, step, config, E, G, D, optimizers, run_id, rank, world):
+@torch.no_grad()
+def follow(averages, nets, decay):
+    """Moving averages of the weights; spectral normalisation's vectors are taken as they are."""
+    for average, net in zip(averages, nets):
+        for a, p in zip(average.parameters(), net.parameters()):
+            a.lerp_(p, 1 - decay)
+        for a, b in zip(average.buffers(), net.buffers()):
+            a.copy_(b)
+
+
+def save(out, step, config, nets, averages, D, optimizers, run_id, rank, world):
     """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
     state = {"run": run_id, "D": D.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    if config.ema:
+        state["nets"] = [net.state_dict() for net in nets]
     save_tensors(state, f"{out}/step-{step}.rank-{rank}.state")
     if world > 1:
         dist.barrier()
     if rank == 0:
-        save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
+        save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=averages[0], G=averages[1], V=D.V, w0=D.w0, b=D.b)
         clear(out, checkpoints(out)[-2:])
 
 
@@ -211,11 +231,11 @@ def main():
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} ranks")
     videos = ToyHeads(1000, args.image_size) if args.toy else PreparedVideos(args.data, args.image_size)
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
-    episodes = Episodes(videos, args.K, slots, args.seed, rank, world)
-    examples = Episodes(unseen, args.K, 8, args.seed + 1)
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
-                    not args.no_match, args.K, args.lr, args.lr_d)
+                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.stills)
+    episodes = Episodes(videos, args.K, slots, args.seed, rank, world, config)
+    examples = Episodes(unseen, args.K, 8, args.seed + 1)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}
     done = checkpoints(args.out)
     if done and not args.resume:
@@ -248,6 +268,9 @@ def main():
         D.load_state_dict(state["D"])
         for optimizer, was in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(was)
+    averages = (copy.deepcopy(E), copy.deepcopy(G)) if config.ema else (E, G)
+    if saved and config.ema:  # the checkpoint had the averages, the state the networks themselves
+        E.load_state_dict(state["nets"][0]), G.load_state_dict(state["nets"][1])
     parallel = {"device_ids": [local] if device.type == "cuda" else None}
     # A.4: gradients are reduced across the GPUs "only for the generator and the embedder"; D stays each rank's own
     E_ddp, G_ddp = (DDP(E, **parallel), DDP(G, **parallel)) if world > 1 else (E, G)
@@ -263,6 +286,8 @@ def main():
         waited = time.time() - waiting
         row, x, y = row.to(device), to_float(x, device), to_float(y, device)
         values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match)
+        if config.ema:
+            follow(averages, (E, G), min(config.ema, step / (step + 10)))       # the start is forgotten sooner
         saving = step % args.save_every == 0 or step == steps
         if rank == 0:
             log.values.append(values)
@@ -272,8 +297,8 @@ def main():
 
         if saving:
             if rank == 0:
-                sample_grid(f"{args.out}/samples-{step}.png", E, G, examples, device)
-            save(args.out, step, config, E, G, D, optimizers, run_id, rank, world)
+                sample_grid(f"{args.out}/samples-{step}.png", *averages, examples, device)
+            save(args.out, step, config, (E, G), averages, D, optimizers, run_id, rank, world)
 
     if world > 1:
         dist.destroy_process_group()

@@ -38,6 +38,10 @@ class Config:
     K: int = 8                  # frames per episode that the embedder sees
     lr: float = 5e-5            # of E and G
     lr_d: float = 2e-4          # of D
+    ema: float = 0.0            # decay of the moving average of E and G, which goes into the checkpoint; 0: no averaging
+    by_frames: bool = False     # sequences drawn in proportion to their frames, not evenly
+    augment: bool = False       # episodes recoloured, half of them mirrored
+    stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
 
     def __post_init__(self):
         if self.image_size not in (64, 128, 256, 512):
