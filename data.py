@@ -35,12 +35,12 @@ CLIPS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except UserError as e:  # from a loader's worker it comes with that worker's traceback before it
-        message = str(e).strip().splitlines()[-1].removeprefix("model.UserError: ")
-        sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+        message, code = "error: " + str(e).strip().splitlines()[-1].removeprefix("model.UserError: "), 2
     except KeyboardInterrupt:
-        sys.exit(print("stopped", file=sys.stderr) or 130)
+        message, code = "stopped", 130
+    sys.exit(print(message, file=sys.stderr) or code)  # only now: a progress bar has been closed with the exception
 
 
 def check_paths(inputs, outputs=()):
@@ -461,9 +461,12 @@ class PreparedVideos:
         frames, ts = [], choose(len(sequence["landmarks"]))
         for t in ts:
             start, end = sequence["offsets"][t:t + 2].tolist()
-            image = Image.open(io.BytesIO(sequence["jpeg"][start:end].numpy()))
-            image.draft("RGB", (S, S))  # the JPEG decoder itself can shrink by 2, 4, 8
-            frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.BICUBIC)))
+            try:
+                image = Image.open(io.BytesIO(sequence["jpeg"][start:end].numpy()))
+                image.draft("RGB", (S, S))  # the JPEG decoder itself can shrink by 2, 4, 8
+                frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.BICUBIC)))
+            except (OSError, SyntaxError, ValueError) as e:
+                raise UserError(f"frame {t} of {self.files[i]} is damaged ({e}): delete the file and prepare it again") from None
         points = sequence["landmarks"][ts].numpy()
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 
@@ -478,7 +481,7 @@ class Episodes(torch.utils.data.Dataset):
 
     def __init__(self, videos, K, slots, seed=0, rank=0, world=1, config=Config()):
         self.videos, self.K, self.slots, self.seed, self.rank, self.world = videos, K, slots, seed, rank, world
-        self.augment, self.stills = config.augment, config.stills
+        self.augment, self.stills, self.damaged = config.augment, config.stills, set()
         own = range(rank, len(videos), world)
         self.rows = len(own)
         if not self.rows:
@@ -493,8 +496,17 @@ class Episodes(torch.utils.data.Dataset):
         step, slot = divmod(n, self.slots)
         rng = np.random.default_rng((self.seed, step, self.rank, slot))
         still = rng.random() < self.stills      # these are drawn evenly: one photo is as good as a long video for them
-        row = int(rng.integers(self.rows) if still else np.searchsorted(self.odds, rng.random(), side="right"))
-        frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K, still))
+        for attempt in range(100):
+            row = int(rng.integers(self.rows) if still else np.searchsorted(self.odds, rng.random(), side="right"))
+            try:
+                frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K, still))
+                break
+            except UserError as e:  # one damaged file among many must not stop a training of days
+                if row not in self.damaged:
+                    warn(f"{e}. Another sample takes its place.")
+                self.damaged.add(row)
+        else:
+            raise UserError(f"100 samples in a row could not be read; the last one: {self.videos.files[row * self.world + self.rank]}")
         if still:
             frames, points = warp(rng, frames, points)
         if self.augment:

@@ -14,6 +14,8 @@ import csv
 import math
 import os
 import re
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
-from data import Episodes, PreparedVideos, ToyHeads, check_paths, run, to_float, to_uint8
+from data import Episodes, PreparedVideos, ToyHeads, check_paths, run, to_float, to_uint8, warn
 from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
 from model import Config, Discriminator, Embedder, Generator, UserError, atomic, autocast, load_checkpoint, save_checkpoint, save_tensors
 
@@ -59,6 +61,7 @@ def parse():
     add("--by-frames", action="store_true", help="draw sequences in proportion to their frames: folders of few photos less often")
     add("--augment", action="store_true", help="recolour episodes and mirror half of them")
     add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes are one frame, warped K + 1 times (0)")
+    add("--psi-gain", type=float, default=1.0, help="psi_hat = gain * P e_hat (1)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
@@ -76,7 +79,7 @@ def parse():
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
-    for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d"):
+    for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: more than 0 is needed")
@@ -119,18 +122,57 @@ def clear(out, keep):
 
 
 def read_state(out, step, config, run_id, rank, device):
-    """The two files of a complete step, if they belong to this very run: else UserError."""
+    """The two files of a complete step, None if one is damaged. UserError if they are not of this very run."""
     path = f"{out}/step-{step}"
-    ckpt = load_checkpoint(f"{path}.pt", device)
     try:
+        ckpt = load_checkpoint(f"{path}.pt", device)
         state = torch.load(f"{path}.rank-{rank}.state", map_location=device, weights_only=True)
-    except Exception as e:
-        raise UserError(f"{path}.rank-{rank}.state cannot be read ({type(e).__name__})") from None
+    except Exception as e:  # torch.load raises a dozen types on damaged files
+        warn(f"step {step} cannot be resumed by rank {rank}: {e if isinstance(e, UserError) else f'{path}.rank-{rank}.state is damaged'}")
+        return None
     was, now = vars(ckpt["config"]) | state["run"], vars(config) | run_id
     changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
         raise UserError(f"{out} cannot be resumed: {'; '.join(changed)}")
     return ckpt, state
+
+
+def newest(out, config, run_id, rank, world, device):
+    """(step, checkpoint, state) of the newest step that every rank can read; (0, None, None) where there is none."""
+    steps = checkpoints(out)
+    for step in reversed(steps):
+        saved = read_state(out, step, config, run_id, rank, device)
+        if not any_rank([saved is None], world, device)[0]:
+            return step, *saved
+    if steps:
+        raise UserError(f"none of the checkpoints in {out} can be read: name another --out to start anew")
+    return 0, None, None
+
+
+def any_rank(flags, world, device):
+    """Each of the flags: is it set on any of the ranks? So that all of them do the same."""
+    flags = torch.tensor(flags, dtype=torch.float32, device=device)
+    if world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [flag > 0 for flag in flags.tolist()]
+
+
+def check_finite(values, weights, step, out, world):
+    """UserError, on all ranks, if a loss (or where weights are given, one of these) is NaN or Inf on any of them."""
+    finite = dict(zip(COLUMNS[1:], values.isfinite().tolist()))
+    if weights:
+        finite["a weight"] = all(torch.isfinite(w).all() for w in weights)
+    bad = [name for name, wrong in zip(finite, any_rank([not f for f in finite.values()], world, values.device)) if wrong]
+    if bad:
+        good = checkpoints(out)
+        raise UserError(f"step {step}: {', '.join(bad)} is NaN or infinite. " + (f"The last good checkpoint is {out}/step-{good[-1]}.pt: go on from it with --resume"
+                        if good else "There is no checkpoint yet") + ", with a lower --lr and --lr-d in a new --out if it comes again")
+
+
+def worker_signals(worker):
+    """A loader's worker leaves Ctrl-C to the main process, and ends when that tells it to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Log:
@@ -233,43 +275,40 @@ def main():
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
-                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.stills)
+                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills)
     episodes = Episodes(videos, args.K, slots, args.seed, rank, world, config)
     examples = Episodes(unseen, args.K, 8, args.seed + 1)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}
     done = checkpoints(args.out)
-    if done and not args.resume:
+    if done and not args.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun starts a failed run again
         raise UserError(f"{args.out} already holds {len(done)} checkpoints: add --resume, or name another --out")
-    start = done[-1] if done else 0
-    if start >= steps:
-        print(f"{args.out} is finished: step {start} of {steps}")
-        return
-    saved = read_state(args.out, start, config, run_id, rank, device) if start else None
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
-    if rank == 0:
-        clear(args.out, done)
-
     content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    start, ckpt, state = newest(args.out, config, run_id, rank, world, device)
+    if start >= steps:
+        print(f"{args.out} is finished: step {start} of {steps}")
+        return
+    if rank == 0:
+        clear(args.out, [step for step in done if step <= start])
     torch.manual_seed(args.seed)            # the networks start equal on every rank ...
     layout = dict(device=device, memory_format=torch.channels_last)  # a quarter faster than contiguous tensors
     E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
     D = Discriminator(replace(config, num_videos=episodes.rows)).to(**layout)
     torch.manual_seed(args.seed + 1 + rank) # ... and only then do the ranks part
     optimizers = make_optimizers(E, G, D, config)
-    if saved:
-        ckpt, state = saved
+    if start:
         E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
         G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
         D.load_state_dict(state["D"])
         for optimizer, was in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(was)
     averages = (copy.deepcopy(E), copy.deepcopy(G)) if config.ema else (E, G)
-    if saved and config.ema:  # the checkpoint had the averages, the state the networks themselves
+    if start and config.ema:  # the checkpoint had the averages, the state the networks themselves
         E.load_state_dict(state["nets"][0]), G.load_state_dict(state["nets"][1])
     parallel = {"device_ids": [local] if device.type == "cuda" else None}
     # A.4: gradients are reduced across the GPUs "only for the generator and the embedder"; D stays each rank's own
@@ -277,8 +316,12 @@ def main():
 
     workers = min(8, max(1, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     loader = iter(DataLoader(episodes, slots, sampler=range(start * slots, steps * slots), num_workers=workers,
-                             pin_memory=device.type == "cuda"))
+                             pin_memory=device.type == "cuda", worker_init_fn=worker_signals))
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
+
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # the first one saves and stops, a second one stops at once
+        signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
 
     for step in range(start + 1, steps + 1):
         waiting = time.time()
@@ -288,7 +331,9 @@ def main():
         values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match)
         if config.ema:
             follow(averages, (E, G), min(config.ema, step / (step + 10)))       # the start is forgotten sooner
-        saving = step % args.save_every == 0 or step == steps
+        stopping = any_rank([bool(signals)], world, device)[0]
+        saving = step % args.save_every == 0 or step == steps or stopping
+        check_finite(values, saving and [*E.parameters(), *G.parameters(), *D.V.parameters()], step, args.out, world)
         if rank == 0:
             log.values.append(values)
             log.waited += waited
@@ -299,9 +344,13 @@ def main():
             if rank == 0:
                 sample_grid(f"{args.out}/samples-{step}.png", *averages, examples, device)
             save(args.out, step, config, (E, G), averages, D, optimizers, run_id, rank, world)
+        if stopping:
+            break
 
     if world > 1:
         dist.destroy_process_group()
+    if stopping and step < steps:
+        sys.exit(print(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume", file=sys.stderr) or 128 + (signals or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ paper's size E has 15, G 38 and the convolutional part V of D 20 million paramet
 """
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -41,6 +42,7 @@ class Config:
     ema: float = 0.0            # decay of the moving average of E and G, which goes into the checkpoint; 0: no averaging
     by_frames: bool = False     # sequences drawn in proportion to their frames, not evenly
     augment: bool = False       # episodes recoloured, half of them mirrored
+    psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
 
     def __post_init__(self):
@@ -244,11 +246,11 @@ class Generator(nn.Module):
 
         self.psi_sizes = [n for b in [*self.bottleneck, *self.up] for n in b.psi_sizes] + [2 * up[-1]]
         # One linear layer for every gamma and beta (A.4). A matrix, as in psi_hat = P e_hat: so without a bias.
-        self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes), bias=False))
+        self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes), bias=False)), cfg.psi_gain
 
     def project(self, e):
         """psi_hat = P e_hat: (B, N) -> (B, |psi|), the person-specific parameters (Sec. 3.1)."""
-        return self.P(e)
+        return self.gain * self.P(e)
 
     def render(self, y, psi):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi (B, |psi|) -> (B, 3, S, S) in [-1, 1]."""
@@ -347,7 +349,8 @@ def save_checkpoint(path, kind, config, step=0, **parts):
 def load_checkpoint(path, device="cpu", kind="meta"):
     """Read what save_checkpoint wrote: the flat dict, its "config" a Config. UserError if the file is no such file."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's on foreign pickles, which are refused in our own words
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as e:  # torch.load raises a dozen types on damaged or foreign files

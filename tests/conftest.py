@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -18,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "assets" / "astronaut.jpg"
 TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1")
 TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2", "--batch", "2"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="the long form of the tests in test_faults.py: two hours")
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +79,14 @@ def face():
 
 def write_clip(path, frames, pts, sound=True, rate=25):
     """An mp4 of frames uint8 (H, W, 3) with time stamps in 1/12800 s and a tone."""
+    frames = iter(frames)
+    first = next(frames)
     with av.open(str(path), "w") as out:
         video = out.add_stream("libx264", rate=rate, options={"crf": "10"})
-        video.height, video.width, video.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
         video.codec_context.time_base = Fraction(1, 12800)
         audio = out.add_stream("aac", rate=16000, layout="mono") if sound else None
-        for frame, stamp in zip(frames, pts):
+        for frame, stamp in zip(chain([first], frames), pts):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture.pts, picture.time_base = int(stamp), Fraction(1, 12800)
             out.mux(video.encode(picture))

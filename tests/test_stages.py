@@ -131,9 +131,9 @@ import sys, os, torch
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py"] + {TINY_FLAGS!r} + ["--steps", "3", "--out", "run"]
 import meta_train
 keep = meta_train.save
-def save(out, step, config, E, G, D, *rest):
-    torch.save([E.state_dict(), G.state_dict(), D.state_dict()], f"rank-{{os.environ['RANK']}}")
-    keep(out, step, config, E, G, D, *rest)
+def save(out, step, config, nets, averages, D, *rest):
+    torch.save([net.state_dict() for net in (*nets, D)], f"rank-{{os.environ['RANK']}}")
+    keep(out, step, config, nets, averages, D, *rest)
 meta_train.save = save
 meta_train.main()
 """

@@ -1,0 +1,420 @@
+"""Nothing lost, nothing let in: kills, signals, full disks, damaged and hostile files, long runs.
+
+What takes long is done in a short form; `python -m pytest tests/test_faults.py --slow` does it in full.
+"""
+import csv
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, script, succeed, write_clip
+from data import Episodes, PreparedVideos, prepare, read_photo, read_video
+from model import UserError, load_checkpoint
+
+TRACK = ROOT / "assets" / "speech.npz"
+
+
+@pytest.fixture
+def slow(request):
+    return request.config.getoption("--slow")
+
+
+def tensors(path):
+    return {k: v for k, v in torch.load(path, weights_only=True).items() if torch.is_tensor(v)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def start(*args, cwd, **options):
+    return subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True, **options)
+
+
+@pytest.fixture(scope="module")
+def short_track(tmp_path_factory):
+    path = tmp_path_factory.mktemp("track") / "short.npz"
+    with np.load(TRACK) as track:
+        np.savez(path, **{k: track[k][:6] if track[k].ndim and len(track[k]) > 6 else track[k] for k in track})
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, face):
+    """30 prepared sequences of the same small clip."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "videos").mkdir()
+    write_clip(folder / "videos/0.mp4", moving(face, 6), np.arange(6) * 512, sound=False)
+    for n in range(1, 30):
+        os.link(folder / "videos/0.mp4", folder / f"videos/{n}.mp4")
+    prepare(folder / "videos", folder / "out", "dlib", 64, 0, 2)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- kills
+
+@pytest.mark.parametrize("stage", ["meta_train", "data", "finetune", "infer"])
+def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared, short_track):
+    """kill -9 at random moments: every file is absent or whole, the work goes on, and ends as if never killed."""
+    command = {
+        "meta_train": ["meta_train.py", *TINY_FLAGS, "--steps", "60", "--save-every", "5", "--out", "out", "--resume"],
+        "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib", "--image-size", "64"],
+        "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--out", "out.pt"],
+        "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track, "--out", "out.mp4", "--save-person", "out.pt"],
+    }[stage]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    began = time.time()
+    succeed(*command, cwd=whole)
+    duration, rng = time.time() - began, random.Random(stage)
+    finished = lambda folder: sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".pt", ".mp4", ".png"))
+    for kill in range(30 if slow else 3):
+        process = start(*command, cwd=cut)
+        time.sleep(rng.uniform(0.2, 1) * duration)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in finished(cut):
+            if path.suffix == ".mp4":
+                assert sum(1 for _ in read_video(cut / path)) == 6
+            elif path.suffix == ".pt":
+                assert torch.load(cut / path, weights_only=True)
+            else:
+                Image.open(cut / path).load()
+    succeed(*command, cwd=cut)
+    assert finished(cut) == finished(whole)
+    for path in finished(whole):
+        if path.suffix == ".pt":
+            assert same(tensors(cut / path), tensors(whole / path))
+        else:
+            assert (cut / path).read_bytes() == (whole / path).read_bytes()
+    if stage == "meta_train":
+        losses = [[row[:8] for row in csv.reader(open(folder / "out/log.csv"))] for folder in (whole, cut)]
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(number, tmp_path):
+    flags = ["meta_train.py", *TINY_FLAGS, "--steps", "100000", "--save-every", "100000", "--out", "run"]
+    process = start(*flags, cwd=tmp_path)
+    while not (tmp_path / "run/log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and len(said.splitlines()) == 1, said
+    step = int(said.split("stopped at step ")[1].split()[0])
+    assert step > 0 and "--resume" in said and load_checkpoint(tmp_path / f"run/step-{step}.pt")["step"] == step
+    succeed(*flags[:-4], "--save-every", "1", "--steps", step + 1, "--out", "run", "--resume", cwd=tmp_path)
+    assert (tmp_path / f"run/step-{step + 1}.pt").exists()
+
+
+@pytest.mark.parametrize("damaged", ["step-4.pt", "step-4.rank-0.state"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
+    flags = ["meta_train.py", *TINY_FLAGS, "--save-every", "2", "--out", "run"]
+    succeed(*flags, "--steps", "4", cwd=tmp_path)
+    whole = tensors(tmp_path / "run/step-4.pt")
+    path = tmp_path / "run" / damaged
+    path.write_bytes(path.read_bytes()[:1000])
+    result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
+    assert result.returncode == 0 and damaged in result.stderr and "step 4 cannot be resumed" in result.stderr
+    assert same(tensors(tmp_path / "run/step-4.pt"), whole)
+    for file in (tmp_path / "run").glob("step-*.pt"):
+        file.write_bytes(b"nothing")
+    result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
+    assert result.returncode == 2 and "none of the checkpoints" in result.stderr.splitlines()[-1]
+
+
+def test_a_rank_that_dies_is_started_again(tmp_path):
+    """Rank 1 is killed at step 5; torchrun's restart resumes from step 4 without help."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py"] + {TINY_FLAGS!r} + ["--steps", "8", "--save-every", "2", "--out", sys.argv[1]]
+import data, meta_train
+keep = meta_train.check_finite
+def check(values, weights, step, *rest):
+    if "die" in sys.argv[-1] and step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(values, weights, step, *rest)
+meta_train.check_finite = check
+data.run(meta_train.main)
+"""
+    (tmp_path / "program.py").write_text(program)
+    for out in ("die", "live"):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "program.py", out],
+                                cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+    assert same(tensors(tmp_path / "die/step-8.pt"), tensors(tmp_path / "live/step-8.pt"))
+
+
+# -------------------------------------------------------------------------------------- numbers, data, disks
+
+def test_nan_stops_the_run_and_names_the_term(tmp_path):
+    flags = ["meta_train.py", *TINY_FLAGS, "--save-every", "1", "--out", "run"]
+    succeed(*flags, "--steps", "1", cwd=tmp_path)
+    ckpt = torch.load(tmp_path / "run/step-1.pt", weights_only=True)
+    ckpt["G.to_rgb.bias"][:] = float("nan")
+    torch.save(ckpt, tmp_path / "run/step-1.pt")
+    line = fail(*flags, "--steps", "5", "--resume", cwd=tmp_path)
+    assert "step 2" in line and "cnt" in line and "run/step-1.pt" in line
+    assert not (tmp_path / "run/step-2.pt").exists()
+
+
+def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
+    videos = PreparedVideos(prepared / "out")
+    good = [Episodes(videos, 2, 1)[n] for n in range(60)]
+    broken = copied(prepared / "out", tmp_path / "out")
+    victim = sorted(broken.glob("*.pt"))[3]
+    victim.write_bytes(victim.read_bytes()[:200])
+    episodes = Episodes(PreparedVideos(broken), 2, 1)
+    again = [episodes[n] for n in range(60)]
+    said = capsys.readouterr().err
+    assert said.count(victim.name) == 1 and "Another sample" in said            # told once
+    replaced = [a[0] == 3 for a in good]
+    assert any(replaced) and all(b[0] != 3 for b in again)
+    assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)     # the others stay as they were
+    for file in broken.glob("*.pt"):
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        PreparedVideos(broken)
+
+
+def copied(source, target):
+    import shutil
+    return shutil.copytree(source, target)
+
+
+def limit_files():
+    """A disk with room for 100 kB in a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+@pytest.mark.parametrize("stage", ["meta_train", "finetune", "infer", "data"])
+def test_a_full_disk_loses_nothing(stage, tmp_path, checkpoint, prepared):
+    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "person.pt", cwd=tmp_path)
+    command, out = {
+        "meta_train": (["meta_train.py", *TINY_FLAGS, "--steps", "2", "--save-every", "1", "--out", "run", "--resume"], "run/step-1.pt"),
+        "finetune": (["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "out.pt"], "out.pt"),
+        "infer": (["infer.py", "--person", "person.pt", "--driver", TRACK, "--compare", "--out", "out.mp4"], "out.mp4"),
+        "data": (["data.py", "--videos", prepared / "videos", "--out", "run", "--landmarks", "dlib", "--image-size", "512", "--workers", "1"], "run/0.mp4.pt"),
+    }[stage]
+    if stage == "meta_train":
+        succeed(*command[:-7], "--steps", "1", "--out", "run", cwd=tmp_path)
+    elif stage != "data":
+        (tmp_path / out).write_bytes(b"precious")
+    before = (tmp_path / out).read_bytes() if stage != "data" else None
+    process = start(*command, cwd=tmp_path, preexec_fn=limit_files)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 2 and "cannot write" in said.splitlines()[-1] and "Traceback" not in said, said
+    assert stage == "data" or (tmp_path / out).read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------- hostile files
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_pickles_that_would_run_code_are_refused(tmp_path, checkpoint):
+    torch.save(torch.load(checkpoint, weights_only=True) | {"x": Bomb()}, tmp_path / "bomb.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
+    np.savez(tmp_path / "bomb.npz", points=np.array([Bomb()], object), found=[True], pts=[0], time_base=[1, 25], detector="dlib")
+    for name in ("bomb.pt", "raw.pt"):
+        assert "is not a readable checkpoint" in fail("infer.py", "--photo", PHOTO, "--driver", TRACK, "--checkpoint", name, cwd=tmp_path)
+    assert "is not a landmark track" in fail("infer.py", "--photo", PHOTO, "--driver", "bomb.npz", "--checkpoint", checkpoint, cwd=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def png(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_hostile_pictures(tmp_path, face, detect):
+    for size in ((0, 0), (30_000, 30_000), (10_000, 10_000)):
+        (tmp_path / "hostile.png").write_bytes(png(*size))
+        with pytest.raises(UserError, match="hostile.png"):
+            read_photo(tmp_path / "hostile.png")
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    Image.new("RGB", (20_000, 30)).save(tmp_path / "wide.png")
+    image = Image.fromarray(face)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.quantize(16).save(tmp_path / "palette.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    image.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", image.size)])
+    for name, found in (("dot.png", False), ("wide.png", False), ("cmyk.jpg", True), ("palette.png", True), ("deep.png", True), ("moving.gif", True)):
+        picture = read_photo(tmp_path / name)
+        assert picture.ndim == 3 and picture.dtype == np.uint8 and (detect(picture) is not None) == found, name
+
+
+def test_odd_videos(tmp_path, face, capsys):
+    frames = moving(face, 6)
+    write_clip(tmp_path / "one.mp4", frames[:1], [0])
+    assert len(list(read_video(tmp_path / "one.mp4"))) == 1
+    with av.open(str(tmp_path / "deep.mkv"), "w") as out:                       # 10 bits, an odd size
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 161, 121, "yuv420p10le"
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(face[:121, :161].copy(), format="rgb24")))
+        out.mux(stream.encode())
+    from data import to_rgb
+    assert [to_rgb(f).shape for f in read_video(tmp_path / "deep.mkv")] == [(121, 161, 3)] * 3
+    parts = []                                                                  # the resolution changes in the middle
+    for k, size in enumerate(((160, 120), (320, 240))):
+        with av.open(str(tmp_path / f"{k}.h264"), "w", format="h264") as out:
+            stream = out.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            for _ in range(3):
+                out.mux(stream.encode(av.VideoFrame(*size, "yuv420p")))
+            out.mux(stream.encode())
+        parts.append((tmp_path / f"{k}.h264").read_bytes())
+    (tmp_path / "change.h264").write_bytes(b"".join(parts))
+    shapes = [to_rgb(f).shape for f in read_video(tmp_path / "change.h264")]
+    assert shapes == [(120, 160, 3)] * 3 + [(240, 320, 3)] * 3
+    with av.open(str(tmp_path / "none.mkv"), "w") as out:                       # a stream without a frame
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        out.start_encoding()
+    with pytest.raises(UserError, match="none.mkv"):
+        list(read_video(tmp_path / "none.mkv"))
+
+
+FUZZ = """
+import os, random, resource, signal, sys, time
+sys.path[:0] = [%(root)r, %(tests)r]
+import numpy as np, torch
+from pathlib import Path
+from data import faces_in, landmark_detector, track_video, PreparedVideos
+from infer import load_track
+from losses import read_matconvnet
+from model import UserError, load_checkpoint, load_networks
+torch.set_num_threads(1)
+detect = landmark_detector("dlib")
+read = {
+    ".jpg": lambda p: list(faces_in(p, detect, "dlib", 64)), ".png": lambda p: list(faces_in(p, detect, "dlib", 64)),
+    ".mp4": lambda p: track_video(p, detect, "dlib", complain=lambda m: None),
+    ".npz": lambda p: load_track(p).in_crops(64), ".mat": read_matconvnet, ".pt": lambda p: load_networks(load_checkpoint(p)),
+}
+seeds, rng, slowest, used = sorted(Path("seeds").iterdir()), random.Random(0), 0, 0
+for n in range(int(sys.argv[1])):
+    seed = seeds[n %% len(seeds)]
+    data = bytearray(seed.read_bytes())
+    for _ in range(rng.choice((1, 3, 30))):
+        kind, at = rng.random(), rng.randrange(len(data))
+        if kind < .6: data[at] = rng.randrange(256)
+        elif kind < .75: del data[at:at + rng.randrange(1, 200)]
+        elif kind < .9: data[at:at] = rng.randbytes(rng.randrange(1, 200))
+        else: data = data[:max(at, 1)]
+        if len(data) < 2: break
+    path = Path("mutated" + seed.suffix)
+    path.write_bytes(data)
+    signal.alarm(30)        # a hang kills the process
+    began = time.time()
+    try:
+        read[seed.suffix](path)
+        used += 1
+    except UserError as e:
+        assert "\\n" not in str(e), e
+    slowest = max(slowest, time.time() - began)
+    signal.alarm(0)
+print(used, f"{slowest:.1f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_fuzz(slow, tmp_path, face, checkpoint):
+    """Mutated photos, videos, tracks, .mat files and checkpoints: a result or a UserError of one line, nothing else."""
+    from scipy.io import savemat
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    Image.fromarray(face).save(seeds / "a.jpg")
+    Image.fromarray(face).save(seeds / "b.png")
+    write_clip(seeds / "c.mp4", moving(face, 5), np.arange(5) * 512)
+    (seeds / "d.npz").write_bytes(TRACK.read_bytes())
+    layer = {"type": "conv", "name": "conv1_1", "weights": np.array([np.zeros((3, 3, 3, 4), np.float32), np.zeros(4, np.float32)], object)}
+    savemat(seeds / "e.mat", {"layers": np.array([layer], object), "meta": {"normalization": {"averageImage": np.zeros(3)}}})
+    (seeds / "f.pt").write_bytes(checkpoint.read_bytes())
+    program = FUZZ % {"root": str(ROOT), "tests": str(ROOT / "tests")}
+    result = subprocess.run([sys.executable, "-c", program, "2400" if slow else "120"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    used, slowest, peak = result.stdout.split()[-3:]
+    assert int(used) > 0 and float(slowest) < 30 and int(peak) < 2e6, result.stdout
+
+
+# ---------------------------------------------------------------------------------------------- long runs
+
+MEMORY = """
+import sys, time, threading
+sys.path.insert(0, %r)
+import data
+sys.argv = sys.argv[1:]
+import importlib
+stage = importlib.import_module(sys.argv[0][:-3])
+def watch():
+    with open("memory.csv", "w") as file:
+        while True:
+            resident = int(open("/proc/self/statm").read().split()[1]) * 4096
+            print(time.time(), resident, file=file, flush=True)
+            time.sleep(0.1)
+threading.Thread(target=watch, daemon=True).start()
+data.run(stage.main)
+"""
+
+
+def memory_of(*args, cwd):
+    """Run a script and watch its memory: times and bytes."""
+    result = subprocess.run([sys.executable, "-c", MEMORY % str(ROOT), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=7200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return np.loadtxt(cwd / "memory.csv", delimiter=" ").T
+
+
+def test_a_long_driver(slow, tmp_path, face, checkpoint):
+    """20 minutes (20 seconds): memory flat, every frame there, sound in step to the end."""
+    seconds, frames = 1200 if slow else 20, moving(face, 60)
+    write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)), range(0, 25 * seconds * 512, 512))
+    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "p.pt", cwd=tmp_path)
+    times, used = memory_of("infer.py", "--person", "p.pt", "--driver", "long.mp4", cwd=tmp_path)
+    with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(tmp_path / "long.mp4")) as driver:
+        ends = []
+        for container in (result, driver):
+            ends += [[float((p.pts + p.duration) * p.time_base) for p in container.demux(kind) if p.size] for kind in (container.streams.video[0],)]
+            container.seek(0)
+            ends += [[float(p.pts * p.time_base) for p in container.demux(container.streams.audio[0]) if p.size]]
+    video, sound, driver_video, driver_sound = ends
+    assert len(video) == len(driver_video) == 25 * seconds and len(sound) == len(driver_sound)
+    assert abs((video[-1] - sound[-1]) - (driver_video[-1] - driver_sound[-1])) < 1 / 25
+    minutes = (times - times[0]) / 60
+    if slow:
+        second, last = used[(minutes > 1) & (minutes < 2)].mean(), used[minutes > minutes[-1] - 1].mean()
+        print(f"memory in the second minute {second / 1e6:.0f} MB, in the last {last / 1e6:.0f} MB")
+        assert last < 1.05 * second
+
+
+def test_long_training_does_not_grow(slow, tmp_path):
+    times, used = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "150", "--save-every", "10000", "--out", "run", cwd=tmp_path)
+    quarter = len(used) // 4
+    early, late = np.median(used[2 * quarter:3 * quarter]), np.median(used[3 * quarter:-5])
+    print(f"memory in the third quarter {early / 1e6:.0f} MB, in the last {late / 1e6:.0f} MB")
+    assert late < 1.05 * early
+
+
+def test_the_same_seed_gives_the_same_tensors(tmp_path):
+    for out in ("a", "b"):
+        succeed("meta_train.py", *TINY_FLAGS, "--steps", "3", "--augment", "--stills", "0.5", "--ema", "0.9", "--out", out, cwd=tmp_path)
+    assert same(tensors(tmp_path / "a/step-3.pt"), tensors(tmp_path / "b/step-3.pt"))
