@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import warnings
+from array import array
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
@@ -296,18 +297,20 @@ class Track(NamedTuple):
 def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
     """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
     from tqdm import tqdm
-    points, pts, frames = [], [], read_video(path, complain)
+    points, found, pts, frames = array("f"), array("b"), array("q"), read_video(path, complain)  # an object a frame would fragment memory
     frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
     for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
         if keep(k):
-            points.append(detect(to_rgb(frame)))
+            face = detect(to_rgb(frame))
+            found.append(face is not None)
+            points.frombytes(np.zeros((68, 2), np.float32).tobytes() if face is None else face.tobytes())
             pts.append(frame.pts)
-    found = np.array([p is not None for p in points])
+    found, points = np.array(found, bool), np.array(points, np.float32).reshape(-1, 68, 2)
     if not found.any():
         raise UserError(f"no face found in any of the {len(points)} frames of {path}")
     before = np.maximum.accumulate(np.where(found, np.arange(len(points)), np.argmax(found)))
     base = frame.time_base
-    return Track(np.stack([points[k] for k in before]), found, np.array(pts, np.int64),
+    return Track(points[before], found, np.array(pts, np.int64),
                  np.array([base.numerator, base.denominator], np.int64), detector)
 
 

@@ -181,8 +181,8 @@ class Setup(NamedTuple):
     ff_state: dict | None
     content: ContentLoss
     ablation: bool
-    detect: object          # of data.landmark_detector; None for drawn heads
-    recognise: object       # frame, points -> vector of norm 1
+    detect: object          # of data.landmark_detector; None for drawn heads, which are no faces to it
+    recognise: object       # frame, points -> vector of norm 1; None for drawn heads
     device: str
 
 
@@ -219,16 +219,17 @@ def score_video(folder, name, chosen, shots, source, truth, stranger, setup):
     chosen: numbers of the hold-out frames.  source, truth, stranger: (frames, landmarks); the stranger's may be None.
     """
     frames, points = truth
-    true_vectors = [setup.recognise(f, p) for f, p in zip(frames, points)]
-    strangers = [setup.recognise(f, p) for f, p in zip(*stranger)] if stranger else np.full_like(true_vectors, np.nan)
+    vectors = lambda frames, points: np.array([setup.recognise(f, p) if setup.recognise else [np.nan] for f, p in zip(frames, points)])
+    own, other = vectors(*truth), vectors(*stranger) if stranger else np.nan
     rows = []
 
     def score(T, method, results):
         write_strip(f"{folder}/T{T} {method}.png", results)
+        found = vectors(results, points)
+        csim = ((found * own).sum(1), (found * other).sum(1))
         for k, result in enumerate(results):
-            vector = setup.recognise(result, points[k])
             error = setup.detect and landmark_error(result, points[k], setup.detect)
-            rows.append([name, T, method, chosen[k], ssim(result, frames[k]), vector @ true_vectors[k], vector @ strangers[k], error,
+            rows.append([name, T, method, chosen[k], ssim(result, frames[k]), csim[0][k], csim[1][k], error,
                          int(error is not None) if setup.detect else None])
 
     write_strip(f"{folder}/T0 {SOURCE}.png", source[0])
@@ -256,31 +257,44 @@ def write_csv(path, rows):
 
 # ------------------------------------------------------------------------------- tables, figure, user study
 
+def read_scores(path):
+    """-> a dict per row, its numbers as floats, NaN where there is none."""
+    with open(path, newline="") as file:
+        return [{c: v if c in ("video", "method") else float(v or "nan") for c, v in row.items()} for row in csv.DictReader(file)]
+
+
+def mean(rows, column):
+    """The mean over the videos of the means over their frames, and its standard error; NaN where there is none."""
+    videos = {}
+    for row in rows:
+        if np.isfinite(row[column]):
+            videos.setdefault(row["video"], []).append(row[column])
+    means = [np.mean(values) for values in videos.values()] or [np.nan]
+    return np.mean(means), np.std(means, ddof=1) / len(means) ** .5 if len(means) > 1 else np.nan
+
+
 def table(rows, strips, network):
-    """Table 1 in markdown. rows: of every scores.csv, as dicts of strings; strips: {(T, method): frames of all videos}."""
-    def mean(method, T, column):  # over the videos, each the mean of its frames -> (mean, standard error)
-        by_video = {}
-        for r in rows:
-            if (r["method"], r["T"]) == (method, T) and r[column] not in ("", "nan"):
-                by_video.setdefault(r["video"], []).append(float(r[column]))
-        means = [np.mean(v) for v in by_video.values()]
-        return (np.mean(means), np.std(means, ddof=1) / len(means) ** .5 if len(means) > 1 else np.nan) if means else (np.nan, np.nan)
+    """Table 1 in markdown, and CSIM's two anchors. rows: of every scores.csv; strips: {(T, method): frames of all videos}."""
+    def number(mean_and_error, digits):
+        texts = [f"{v:.{digits}f}" for v in mean_and_error if np.isfinite(v)]
+        return " ± ".join(texts) or "n/a"
 
-    def right(method, T):
-        pairs = [float(r["csim"]) > float(r["csim_stranger"]) for r in rows if (r["method"], r["T"]) == (method, T) and r["csim_stranger"] != "nan"]
-        return np.mean(pairs) if pairs else np.nan
-
-    number = lambda m, form="{:.3f}": form.format(m[0]) + (f" ± {form.format(m[1])}" if np.isfinite(m[1]) else "") if np.isfinite(m[0]) else "n/a"
     share = lambda v: f"{100 * v:.0f} %" if np.isfinite(v) else "n/a"
-    keys = sorted(strips, key=lambda k: int(k[0]))  # stable: the methods of a T stay in their order
-    strangers, same = mean(REAL, "0", "csim_stranger")[0], mean(COPY, next(T for T, _ in keys if T != "0"), "csim")[0]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["T"], row["method"]), []).append(row)
+    groups = dict(sorted(groups.items(), key=lambda item: item[0][0]))      # by T; the methods of a T stay in their order
+    strangers = mean(groups[0, REAL], "csim_stranger")[0]
+    same = next(mean(group, "csim")[0] for (T, method), group in groups.items() if method == COPY)
     lines = ["| method (T) | FID ↓ | SSIM ↑ | CSIM ↑ | of the way | right person | landmarks ↓ | face found |", "|---|---|---|---|---|---|---|---|"]
-    for T, method in keys:
-        csim = mean(method, T, "csim")
-        fid_ = f"{fid(strips['0', REAL], strips[T, method], network):.1f}" if network and method != REAL else "n/a"
-        lines.append(f"| {method}" + (f" ({T})" if T != "0" else "") + f" | {fid_} | {number(mean(method, T, 'ssim'))} | {number(csim)} | "
-                     f"{share((csim[0] - strangers) / (same - strangers))} | {share(right(method, T))} | "
-                     f"{number(mean(method, T, 'landmark_error'), '{:.1f}')} | {share(mean(method, T, 'found')[0])} |")
+    for (T, method), group in groups.items():
+        csim = mean(group, "csim")
+        way = (csim[0] - strangers) / (same - strangers) if same > strangers and method != REAL else np.nan
+        right = [row["csim"] > row["csim_stranger"] for row in group if np.isfinite(row["csim_stranger"])]
+        lines.append("| " + " | ".join([
+            f"{method} ({T:.0f})" if T else method, f"{fid(strips[0, REAL], strips[T, method], network):.1f}" if network and T else "n/a",
+            number(mean(group, "ssim"), 3), number(csim, 3), share(way), share(np.mean(right) if right else np.nan),
+            number(mean(group, "landmark_error"), 1), share(mean(group, "found")[0])]) + " |")
     return "\n".join(lines), strangers, same
 
 
@@ -398,6 +412,30 @@ def parse():
     return args
 
 
+def report(out, names, args, network):
+    """From the videos' folders: scores.csv, table.md, which is printed too, and figure.png."""
+    rows, strips = [row for name in names for row in read_scores(out / name / "scores.csv")], {}
+    if network:
+        for name, T, method in dict.fromkeys((row["video"], row["T"], row["method"]) for row in rows):
+            strips.setdefault((T, method), []).extend(read_strip(out / name / f"T{T:.0f} {method}.png"))
+    with atomic(out / "scores.csv") as temporary:
+        lines = [line for name in names for line in (out / name / "scores.csv").read_text().splitlines()[1:]]
+        Path(temporary).write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
+    text, strangers, same = table(rows, strips, network)
+    csim = "" if not np.isfinite(same) else (
+        f" CSIM by {os.path.basename(args.recognition) if args.recognition else 'the face-recognition network of dlib'}: strangers "
+        f"{strangers:.3f}, the same person {same:.3f}, both of real frames; of the way: (CSIM - strangers) / (same person - strangers). Right person: "
+        "frames nearer to the person than to somebody else. Landmarks: error in % of the distance between the outer eye corners.")
+    text += f"\n\nMeans over {len(names)} videos ± standard error, {args.holdout} hold-out frames each.{csim}"
+    with atomic(out / "table.md") as temporary:
+        Path(temporary).write_text(text + "\n")
+    print(text)
+    if not network:
+        print("FID: n/a, its network is a download; get weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name it with --inception")
+    figure(out, names, args.shots)
+    print(f"wrote {out}/table.md, {out}/scores.csv and {out}/figure.png")
+
+
 def main():
     args = parse()
     device, out = default_device(), Path(args.out)
@@ -406,6 +444,8 @@ def main():
     config = state["config"]
     if ff_state and (ff_state["config"].image_size, ff_state["config"].landmarks) != (config.image_size, config.landmarks):
         raise UserError(f"{args.ff_checkpoint} has another image size or other landmarks than {args.checkpoint}")
+    for checkpoint in filter(None, (state, ff_state)):
+        load_networks(checkpoint)   # refused now, if it is not whole
     data = ToyHeads(args.videos, config.image_size, first=1000) if args.toy else PreparedVideos(args.data, config.image_size)
     if data.detector != config.landmarks:
         raise UserError(f"{args.data} was prepared with {data.detector} landmarks, {args.checkpoint} trained with {config.landmarks}")
@@ -415,7 +455,7 @@ def main():
         print(timing(state, content, to_float(x, device), to_float(y, device), args.shots, device))
         return
     network = inception(args.inception) if args.inception else None
-    recognise = torchscript_recognition(args.recognition, device) if args.recognition else dlib_recognition()
+    recognise = torchscript_recognition(args.recognition, device) if args.recognition else None if args.toy else dlib_recognition()
     setup = Setup(state, ff_state, content, args.ablation, None if args.toy else landmark_detector(config.landmarks), recognise, device)
 
     digest = lambda path: path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
@@ -435,25 +475,7 @@ def main():
             stranger = load(others[0], "holdout") if others else None
             score_video(out / name, name, protocol["videos"][name]["holdout"], args.shots, load(name, "learn"), load(name, "holdout"), stranger, setup)
 
-    rows, strips = [], {}
-    for name in names:
-        with open(out / name / "scores.csv", newline="") as file:
-            rows += list(csv.DictReader(file))
-        for T, method in dict.fromkeys((r["T"], r["method"]) for r in rows):
-            strips.setdefault((T, method), []).extend(read_strip(out / name / f"T{T} {method}.png") if network else [])
-    write_csv(out / "scores.csv", [list(r.values()) for r in rows])
-    text, strangers, same = table(rows, strips, network)
-    text += (f"\n\nMeans over {len(names)} videos ± standard error, {args.holdout} hold-out frames each. CSIM by "
-             f"{'dlib’s face-recognition network' if not args.recognition else os.path.basename(args.recognition)}: strangers {strangers:.3f}, the same person "
-             f"{same:.3f} (real frames); \"of the way\" is (CSIM - strangers) / (same person - strangers). \"Right person\": frames nearer to their person than to another. "
-             f"Landmarks: error in % of the distance between the outer eye corners.")
-    with atomic(out / "table.md") as temporary:
-        Path(temporary).write_text(text + "\n")
-    print(text)
-    if not network:
-        print("FID: n/a, its network is a download; get weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name it with --inception")
-    figure(out, names, args.shots)
-    print(f"wrote {out}/table.md, {out}/scores.csv and {out}/figure.png")
+    report(out, names, args, network)
     if args.user_study:
         user_study(args.user_study, out, names, args.shots, args.seed)
 

@@ -95,23 +95,24 @@ def add_content_flags(parser):
     parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
 
 
-def load_for_finetuning(path, device):
-    """A meta checkpoint that may be fine-tuned: UserError for the FF variant."""
+def load_for_finetuning(path, device, random=None):
+    """A meta checkpoint that may be fine-tuned: UserError for the FF variant, except with a random w' (A.2)."""
     state = load_checkpoint(path, device)
-    if not state["config"].match:
+    if not state["config"].match and random != "w":
         raise UserError(f"{path} was trained without the match loss (the FF variant), which the paper uses "
                         "without fine-tuning only: infer.py --feed-forward does that")
     return state
 
 
-def learn_person(state, x, y, content, epochs, device):
+def learn_person(state, x, y, content, epochs, device, **switches):
     """A loaded checkpoint and T faces -> what a person file holds: (config, G folded and without P, psi', source).
 
-    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  source: (3, S, S), the first face.
+    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  switches: of finetune(), for A.2.
+    source: (3, S, S), the first face.
     """
     E, G, D = load_networks(state)
     x, y, content = x.to(device), y.to(device), content and content.to(device)
-    psi = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0)[0]
+    psi = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0, **switches)[0]
     G.P = nn.Identity()  # psi' has taken P's place
     return state["config"], G.fold(), psi, x[0]
 
@@ -131,17 +132,20 @@ def main():
     parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
+    parser.add_argument("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
+    parser.add_argument("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from random numbers")
     add_content_flags(parser)
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
     check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
     device = default_device()
-    state = load_for_finetuning(args.checkpoint, device)
+    state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
     x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
     content = ContentLoss(args.content or config.content, args.vgg19, args.vggface)
-    save_person(args.out, *learn_person(state, x, y, content, args.epochs, device))
+    person = learn_person(state, x, y, content, args.epochs, device, adversarial=not args.no_adversarial, random=args.random)
+    save_person(args.out, *person)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 

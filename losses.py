@@ -7,6 +7,8 @@
 import os
 import sys
 import urllib.error
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -105,27 +107,30 @@ class Features(nn.Module):
 
 
 def read_matconvnet(path):
-    """A MatConvNet .mat file -> ([(filters (out, in, H, W), bias (out,)) of every layer that has them], mean (3,)).
+    """A MatConvNet .mat file -> ([(filters (out, in, H, W), bias (out,)) of every conv layer], mean (3,)).
 
     Its networks were converted from Caffe and expect RGB, 0-255, minus the mean. UserError on any other file.
+    Read in a process of its own: on some damaged files scipy does not raise but crashes.
     """
-    from scipy.io import loadmat  # arrives with face-alignment; only this function needs it
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
-        mat = loadmat(path, squeeze_me=True, struct_as_record=False)
-        meta = mat.get("meta")
-        normalization = meta.normalization if meta is not None else mat["normalization"]  # the newer, the older files
-        mean = torch.as_tensor(normalization.averageImage, dtype=torch.float32).reshape(-1, 3).mean(0)
-        layers = []
-        for layer in mat["layers"]:
-            if layer.type == "conv":
-                filters, bias = (torch.as_tensor(w, dtype=torch.float32) for w in layer.weights)
-                layers.append((filters, bias.flatten()))
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            layers, mean = pool.submit(_matconvnet_arrays, path).result()
+        layers = [tuple(torch.as_tensor(w, dtype=torch.float32) for w in layer) for layer in layers]
+        mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 3).mean(0)
     except Exception as e:  # scipy raises many types on foreign or damaged files
-        raise UserError(f"{path} is not a MatConvNet network ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path} is not a MatConvNet network ({type(e).__name__}: {' '.join(str(e).split())})") from None
     # H x W x in x out; squeeze_me took away axes of length 1, which only the classifier's 1x1 layers have: not needed
-    return [(f.permute(3, 2, 0, 1).contiguous(), b) for f, b in layers if f.dim() == 4], mean
+    return [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4], mean
+
+
+def _matconvnet_arrays(path):
+    from scipy.io import loadmat  # arrives with face-alignment; only this function needs it
+    mat = loadmat(path, squeeze_me=True, struct_as_record=False)
+    meta = mat.get("meta")
+    normalization = meta.normalization if meta is not None else mat["normalization"]    # the newer, the older files
+    return [list(layer.weights) for layer in mat["layers"] if layer.type == "conv"], normalization.averageImage
 
 
 def caffe_features(path, letter, layers, weight):

@@ -170,9 +170,9 @@ def check_finite(values, weights, step, out, world):
 
 
 def worker_signals(worker):
-    """A loader's worker leaves Ctrl-C to the main process, and ends when that tells it to."""
+    """A loader's worker leaves signals to the main process, which may need one more batch, and ends when that does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Log:

@@ -186,6 +186,21 @@ def test_fine_tuning_fits_the_person():
     assert history[-1]["cnt"] < 0.7 * history[0]["cnt"]
 
 
+def test_the_switches_of_the_ablations(tmp_path, checkpoint):
+    """A.2: without L'_ADV D's features no longer matter; random starts change psi' or w'; an FF checkpoint may start from a random w'."""
+    def run(*flags, ckpt=checkpoint):
+        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", "1", "--out", "p.pt", *flags, cwd=tmp_path)
+        return tensors(tmp_path / "p.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"w0": state["w0"] * 0, "V.blocks.0.conv1.bias": state["V.blocks.0.conv1.bias"] + 1}, tmp_path / "other-D.pt")
+    plain, no_adversarial = run(), run("--no-adversarial")
+    assert not same(plain, run(ckpt=tmp_path / "other-D.pt")) and same(no_adversarial, run("--no-adversarial", ckpt=tmp_path / "other-D.pt"))
+    assert len({str(run("--random", what)["psi"][:3].tolist()) for what in ("e", "psi", "w")} | {str(plain["psi"][:3].tolist())}) == 4
+    torch.save(state | {"config": state["config"] | {"match": False}}, tmp_path / "ff.pt")
+    run("--random", "w", ckpt=tmp_path / "ff.pt")
+    assert "without the match loss" in fail("finetune.py", "--photos", PHOTO, "--checkpoint", "ff.pt", "--random", "e", cwd=tmp_path)
+
+
 def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     untouched = checkpoint.read_bytes()
     succeed("finetune.py", "--photos", PHOTO, clip, "--checkpoint", checkpoint, "--epochs", "2", "--out", "p.pt", cwd=tmp_path)
