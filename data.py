@@ -195,8 +195,11 @@ def crop(image, box, size):
 
 def to_crop(points, box, size):
     """Points in the image (..., 68, 2) -> in pixels of its crop by `box` (..., 3)."""
-    centre, half = box[..., None, :2], box[..., None, 2:]
-    return ((points - centre + half) * (size / (2 * half)) - 0.5).astype(np.float32)
+    centre, half = np.split(box[..., None, :], [2], axis=-1)
+    result = np.subtract(points, centre - half, dtype=np.float32)    # in place: a long driver has many
+    result *= (size / (2 * half)).astype(np.float32)
+    result -= 0.5
+    return result
 
 
 # ------------------------------------------------------------------------------------ photos and videos
@@ -305,7 +308,7 @@ def track_video(path, detect, detector, keep=lambda k: True, progress=False, com
             found.append(face is not None)
             points.frombytes(np.zeros((68, 2), np.float32).tobytes() if face is None else face.tobytes())
             pts.append(frame.pts)
-    found, points = np.array(found, bool), np.array(points, np.float32).reshape(-1, 68, 2)
+    found, points = np.array(found, bool), np.frombuffer(points, np.float32).reshape(-1, 68, 2)
     if not found.any():
         raise UserError(f"no face found in any of the {len(points)} frames of {path}")
     before = np.maximum.accumulate(np.where(found, np.arange(len(points)), np.argmax(found)))

@@ -360,7 +360,7 @@ def test_fuzz(slow, tmp_path, face, checkpoint):
 # ---------------------------------------------------------------------------------------------- long runs
 
 MEMORY = """
-import sys, time, threading
+import os, sys, time, threading
 sys.path.insert(0, %r)
 import data
 sys.argv = sys.argv[1:]
@@ -370,7 +370,8 @@ def watch():
     with open("memory.csv", "w") as file:
         while True:
             resident = int(open("/proc/self/statm").read().split()[1]) * 4096
-            print(time.time(), resident, file=file, flush=True)
+            writing = any(name.endswith(".tmp") for name in os.listdir())
+            print(time.time(), resident, int(writing), file=file, flush=True)
             time.sleep(0.1)
 threading.Thread(target=watch, daemon=True).start()
 data.run(stage.main)
@@ -378,18 +379,18 @@ data.run(stage.main)
 
 
 def memory_of(*args, cwd):
-    """Run a script and watch its memory: times and bytes."""
+    """Run a script and watch its memory: times, bytes, and whether a temporary file is being written."""
     result = subprocess.run([sys.executable, "-c", MEMORY % str(ROOT), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=7200)
     assert result.returncode == 0, result.stderr[-3000:]
     return np.loadtxt(cwd / "memory.csv", delimiter=" ").T
 
 
 def test_a_long_driver(slow, tmp_path, face, checkpoint):
-    """20 minutes (20 seconds): memory flat, every frame there, sound in step to the end."""
+    """20 minutes (20 seconds): every frame there, sound in step to the end; memory flat while tracking and while rendering."""
     seconds, frames = 1200 if slow else 20, moving(face, 60)
     write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)), range(0, 25 * seconds * 512, 512))
     succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "p.pt", cwd=tmp_path)
-    times, used = memory_of("infer.py", "--person", "p.pt", "--driver", "long.mp4", cwd=tmp_path)
+    times, used, rendering = memory_of("infer.py", "--person", "p.pt", "--driver", "long.mp4", cwd=tmp_path)
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(tmp_path / "long.mp4")) as driver:
         ends = []
         for container in (result, driver):
@@ -399,15 +400,16 @@ def test_a_long_driver(slow, tmp_path, face, checkpoint):
     video, sound, driver_video, driver_sound = ends
     assert len(video) == len(driver_video) == 25 * seconds and len(sound) == len(driver_sound)
     assert abs((video[-1] - sound[-1]) - (driver_video[-1] - driver_sound[-1])) < 1 / 25
-    minutes = (times - times[0]) / 60
-    if slow:
-        second, last = used[(minutes > 1) & (minutes < 2)].mean(), used[minutes > minutes[-1] - 1].mean()
-        print(f"memory in the second minute {second / 1e6:.0f} MB, in the last {last / 1e6:.0f} MB")
+    for phase in (0, 1) if slow else ():
+        seconds, phase_used = times[rendering == phase], used[rendering == phase]
+        second = phase_used[(seconds > seconds[0] + 60) & (seconds < seconds[0] + 120)].mean()
+        last = phase_used[seconds > seconds[-1] - 60].mean()
+        print(f"{('tracking', 'rendering')[phase]} {seconds[-1] - seconds[0]:.0f} s: second minute {second / 1e6:.0f} MB, last minute {last / 1e6:.0f} MB")
         assert last < 1.05 * second
 
 
 def test_long_training_does_not_grow(slow, tmp_path):
-    times, used = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "150", "--save-every", "10000", "--out", "run", cwd=tmp_path)
+    times, used, _ = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "150", "--save-every", "10000", "--out", "run", cwd=tmp_path)
     quarter = len(used) // 4
     early, late = np.median(used[2 * quarter:3 * quarter]), np.median(used[3 * quarter:-5])
     print(f"memory in the third quarter {early / 1e6:.0f} MB, in the last {late / 1e6:.0f} MB")
@@ -418,3 +420,11 @@ def test_the_same_seed_gives_the_same_tensors(tmp_path):
     for out in ("a", "b"):
         succeed("meta_train.py", *TINY_FLAGS, "--steps", "3", "--augment", "--stills", "0.5", "--ema", "0.9", "--out", out, cwd=tmp_path)
     assert same(tensors(tmp_path / "a/step-3.pt"), tensors(tmp_path / "b/step-3.pt"))
+
+
+def test_nothing_is_written_elsewhere(tmp_path, checkpoint, short_track):
+    for name in ("home", "temporary", "work"):
+        (tmp_path / name).mkdir()
+    succeed("infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track, cwd=tmp_path / "work", HOME=str(tmp_path / "home"),
+            TMPDIR=str(tmp_path / "temporary"), TORCH_HOME="", XDG_CACHE_HOME="")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == ["work/result.mp4"]
