@@ -441,7 +441,14 @@ class PreparedVideos:
                             "or train on drawn heads with --toy")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]     # rows of W belong to these files in this order
-        first = self._open(0)
+        for i in range(len(self.files)):  # a damaged one may be among them
+            try:
+                first = self._open(i)
+                break
+            except UserError as e:
+                problem = e
+        else:
+            raise problem
         self.detector, stored = first["detector"], first["image_size"]
         self.image_size = image_size or stored
         if self.image_size > stored:
@@ -459,7 +466,12 @@ class PreparedVideos:
         return len(self.files)
 
     def count(self, i):
-        return len(self._open(i)["landmarks"])
+        """Frames of sequence i; 0, and a warning, where its file is damaged."""
+        try:
+            return len(self._open(i)["landmarks"])
+        except UserError as e:
+            warn(e)
+            return 0
 
     def load(self, i, choose):
         """choose(count) -> frame numbers ts; returns frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) in pixels."""
@@ -493,6 +505,8 @@ class Episodes(torch.utils.data.Dataset):
         if not self.rows:
             raise UserError(f"{len(videos)} sequences are too few for {world} ranks")
         odds = np.cumsum([videos.count(i) if config.by_frames else 1 for i in own])
+        if not odds[-1]:
+            raise UserError("none of the prepared videos can be read")
         self.odds = odds / odds[-1]
 
     def __len__(self):

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import statistics
 import time
 import warnings
@@ -96,40 +97,45 @@ def torchscript_recognition(path, device):
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is on its way out; such files are not
             net = torch.jit.load(path, device).eval()
+        if net(torch.zeros(1, 3, 112, 112, device=device)).ndim != 2:
+            raise ValueError("its result is no vector")
     except Exception as e:  # torch raises many types on foreign files
-        raise UserError(f"{path} is not a TorchScript network ({type(e).__name__})") from None
+        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) ({type(e).__name__})") from None
 
     def vector(frame, points):
         five = [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
         align = estimate_transform("similarity", np.array(five), np.array(ARCFACE_POINTS))
         face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True).round().astype(np.uint8)
         with torch.no_grad():
-            v = net(to_float(torch.from_numpy(face.transpose(2, 0, 1).copy())[None], device))[0].double().cpu().numpy()
+            v = net(to_float(torch.from_numpy(face.transpose(2, 0, 1).copy())[None], device))[0].cpu().double().numpy()
         return v / np.linalg.norm(v)
 
     return vector
 
 
-def inception(path):
+def inception(path, device):
     """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError if the file is not its weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # the library would run a pickle's code
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
         raise UserError(f"{path} does not hold the weights of FID's network ({type(e).__name__})") from None
-    return lambda images: net(images)[0]
+    return lambda images: net(images.to(device))[0].cpu()
 
 
-def fid(real, fake, network):
-    """Frechet inception distance [13] between two lists of frames uint8 (S, S, 3), by torch-fidelity."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-    statistics_ = []
-    for frames in (real, fake):
-        images = torch.from_numpy(np.stack(frames)).movedim(-1, 1)
-        with torch.no_grad():
-            statistics_.append(fid_features_to_statistics(torch.cat([network(part).double() for part in images.split(32)])))
-    return fid_statistics_to_metric(*statistics_, verbose=False)[KEY_METRIC_FID]
+def fid_statistics(frames, network):
+    """Mean and covariance of the network's features of frames uint8 (S, S, 3), two or more; by torch-fidelity."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+    with torch.no_grad():
+        features = [network(part).double() for part in torch.from_numpy(np.stack(frames)).movedim(-1, 1).split(32)]
+    return fid_features_to_statistics(torch.cat(features))
+
+
+def fid(real, fake):
+    """Frechet inception distance [13] between two results of fid_statistics, by torch-fidelity."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    return fid_statistics_to_metric(real, fake, verbose=False)[KEY_METRIC_FID]
 
 
 # ------------------------------------------------------------------------------------------- the protocol
@@ -164,8 +170,8 @@ def draw_protocol(data, shots, holdout, count, seed):
 
 
 def person(name):
-    """The first folder of a name: id00061 of id00061/rrdqJsdrS3o."""
-    return name.split("/")[0]
+    """VoxCeleb's id00061 of clips/id00061/rrdqJsdrS3o; elsewhere every sequence is a person of its own."""
+    return next((part for part in name.split("/") if re.fullmatch(r"id\d+", part)), name)
 
 
 @torch.no_grad()
@@ -187,30 +193,31 @@ class Setup(NamedTuple):
 
 
 def methods(setup, T, source, truth):
-    """Yield (method, frames uint8 (n, S, S, 3)) for the n hold-out frames of a video, learned from its first T.
+    """Yield (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)) for the n hold-out frames of a video,
+    learned from its first T.
 
     source, truth: (frames uint8, landmarks) of the learning and the hold-out part.
     """
     frames, points = source[0][:T], source[1][:T]
-    yield COPY, np.repeat(frames[:1], len(truth[0]), axis=0)
+    yield COPY, np.repeat(frames[:1], len(truth[0]), axis=0), np.repeat(points[:1], len(truth[0]), axis=0)
     distance = np.linalg.norm(truth[1][:, None] - points[None], axis=-1).mean(-1)           # (n, T)
-    yield NEAREST, frames[distance.argmin(1)]
+    yield NEAREST, frames[distance.argmin(1)], points[distance.argmin(1)]
     x, y = (to_float(t, setup.device) for t in to_tensors(frames, points))                  # (T, 3, S, S)
     y_hold = to_float(to_tensors(*truth)[1], setup.device)                                  # (n, 3, S, S)
 
     def ours(state, epochs=EPOCHS, **switches):
         nets = load_networks(state)
-        return draw(nets[1], finetune(*nets, x, y, state["config"], setup.content, epochs, **switches)[0], y_hold)
+        return draw(nets[1], finetune(*nets, x, y, state["config"], setup.content, epochs, **switches)[0], y_hold), truth[1]
 
     if setup.ff_state:
-        yield FF, ours(setup.ff_state, 0)
-    yield BEFORE, ours(setup.state, 0)
-    yield AFTER, ours(setup.state)
+        yield FF, *ours(setup.ff_state, 0)
+    yield BEFORE, *ours(setup.state, 0)
+    yield AFTER, *ours(setup.state)
     if setup.ablation:
         for name, switches in ABLATION.items():
-            yield name, ours(setup.state, **switches)
+            yield name, *ours(setup.state, **switches)
         if setup.ff_state:
-            yield NO_MATCH, ours(setup.ff_state, random="w")
+            yield NO_MATCH, *ours(setup.ff_state, random="w")
 
 
 def score_video(folder, name, chosen, shots, source, truth, stranger, setup):
@@ -223,9 +230,9 @@ def score_video(folder, name, chosen, shots, source, truth, stranger, setup):
     own, other = vectors(*truth), vectors(*stranger) if stranger else np.nan
     rows = []
 
-    def score(T, method, results):
+    def score(T, method, results, faces):
         write_strip(f"{folder}/T{T} {method}.png", results)
-        found = vectors(results, points)
+        found = vectors(results, faces)         # aligned by where the face is ...
         csim = ((found * own).sum(1), (found * other).sum(1))
         for k, result in enumerate(results):
             error = setup.detect and landmark_error(result, points[k], setup.detect)
@@ -233,10 +240,10 @@ def score_video(folder, name, chosen, shots, source, truth, stranger, setup):
                          int(error is not None) if setup.detect else None])
 
     write_strip(f"{folder}/T0 {SOURCE}.png", source[0])
-    score(0, REAL, frames)
+    score(0, REAL, frames, points)
     for T in shots:
-        for method, results in methods(setup, T, source, truth):
-            score(T, method, results)
+        for result in methods(setup, T, source, truth):
+            score(T, *result)
     write_csv(f"{folder}/scores.csv", rows)
 
 
@@ -273,8 +280,8 @@ def mean(rows, column):
     return np.mean(means), np.std(means, ddof=1) / len(means) ** .5 if len(means) > 1 else np.nan
 
 
-def table(rows, strips, network):
-    """Table 1 in markdown, and CSIM's two anchors. rows: of every scores.csv; strips: {(T, method): frames of all videos}."""
+def table(rows, fids, recognition):
+    """Table 1 in markdown, and CSIM's two anchors. rows: of every scores.csv; fids: {(T, method): FID}, empty without it."""
     def number(mean_and_error, digits):
         texts = [f"{v:.{digits}f}" for v in mean_and_error if np.isfinite(v)]
         return " ± ".join(texts) or "n/a"
@@ -286,21 +293,20 @@ def table(rows, strips, network):
     groups = dict(sorted(groups.items(), key=lambda item: item[0][0]))      # by T; the methods of a T stay in their order
     strangers = mean(groups[0, REAL], "csim_stranger")[0]
     same = next(mean(group, "csim")[0] for (T, method), group in groups.items() if method == COPY)
-    lines = ["| method (T) | FID ↓ | SSIM ↑ | CSIM ↑ | of the way | right person | landmarks ↓ | face found |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| method (T) | FID ↓ | SSIM ↑ | CSIM ({recognition}) ↑ | of the way | right person | landmarks ↓ | face found |", "|---|---|---|---|---|---|---|---|"]
     for (T, method), group in groups.items():
         csim = mean(group, "csim")
         way = (csim[0] - strangers) / (same - strangers) if same > strangers and method != REAL else np.nan
         right = [row["csim"] > row["csim_stranger"] for row in group if np.isfinite(row["csim_stranger"])]
         lines.append("| " + " | ".join([
-            f"{method} ({T:.0f})" if T else method, f"{fid(strips[0, REAL], strips[T, method], network):.1f}" if network and T else "n/a",
+            f"{method} ({T:.0f})" if T else method, f"{fids[T, method]:.1f}" if (T, method) in fids else "n/a",
             number(mean(group, "ssim"), 3), number(csim, 3), share(way), share(np.mean(right) if right else np.nan),
             number(mean(group, "landmark_error"), 1), share(mean(group, "found")[0])]) + " |")
     return "\n".join(lines), strangers, same
 
 
-def figure(out, videos, shots, limit=3):
+def figure(out, videos, shots, columns, limit=3):
     """Fig. 4: rows T of some videos; columns source, ground truth, every method."""
-    columns = list(dict.fromkeys(f.stem.split(" ", 1)[1] for T in shots for f in sorted((out / videos[0]).glob(f"T{T} *.png"), key=os.path.getmtime)))
     S = len(read_strip(f"{out}/{videos[0]}/T0 {SOURCE}.png")[0])
     cell = max(S, 128)
     picture = Image.new("RGB", (40 + cell * (2 + len(columns)), 30 + cell * len(videos[:limit]) * len(shots)), "white")
@@ -362,6 +368,8 @@ def median_seconds(function, repeats):
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        elif torch.backends.mps.is_available():
+            torch.mps.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
@@ -369,7 +377,7 @@ def median_seconds(function, repeats):
 def timing(state, content, x, y, shots, device):
     """Table 2 in markdown: seconds of few-shot learning and of a frame. x, y: (n, 3, S, S), repeated up to T frames."""
     config = state["config"]
-    lines = [f"| {config.image_size} pixels | ours, {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'} "
+    lines = [f"| {config.image_size} pixels | ours, {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads' if device == 'cpu' else device} "
              "| the paper: 256 pixels, P40 |", "|---|---|---|"]
     for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
         for T in shots:
@@ -414,16 +422,23 @@ def parse():
 
 def report(out, names, args, network):
     """From the videos' folders: scores.csv, table.md, which is printed too, and figure.png."""
-    rows, strips = [row for name in names for row in read_scores(out / name / "scores.csv")], {}
-    if network:
-        for name, T, method in dict.fromkeys((row["video"], row["T"], row["method"]) for row in rows):
-            strips.setdefault((T, method), []).extend(read_strip(out / name / f"T{T:.0f} {method}.png"))
+    rows, fids = [row for name in names for row in read_scores(out / name / "scores.csv")], {}
+    columns = dict.fromkeys((row["T"], row["method"]) for row in rows)      # the real frames come first
+    if network and len(names) * args.holdout > 1:
+        for T, method in columns:
+            frames = [frame for name in names for frame in read_strip(out / name / f"T{T:.0f} {method}.png")]
+            statistic = fid_statistics(frames, network)
+            if method == REAL:
+                real = statistic
+            else:
+                fids[T, method] = fid(real, statistic)
     with atomic(out / "scores.csv") as temporary:
         lines = [line for name in names for line in (out / name / "scores.csv").read_text().splitlines()[1:]]
         Path(temporary).write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
-    text, strangers, same = table(rows, strips, network)
+    recognition = os.path.basename(args.recognition or "dlib")
+    text, strangers, same = table(rows, fids, recognition)
     csim = "" if not np.isfinite(same) else (
-        f" CSIM by {os.path.basename(args.recognition) if args.recognition else 'the face-recognition network of dlib'}: strangers "
+        f" CSIM by {'the face-recognition network of dlib' if recognition == 'dlib' else recognition}: strangers "
         f"{strangers:.3f}, the same person {same:.3f}, both of real frames; of the way: (CSIM - strangers) / (same person - strangers). Right person: "
         "frames nearer to the person than to somebody else. Landmarks: error in % of the distance between the outer eye corners.")
     text += f"\n\nMeans over {len(names)} videos ± standard error, {args.holdout} hold-out frames each.{csim}"
@@ -432,7 +447,7 @@ def report(out, names, args, network):
     print(text)
     if not network:
         print("FID: n/a, its network is a download; get weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name it with --inception")
-    figure(out, names, args.shots)
+    figure(out, names, args.shots, list(dict.fromkeys(method for T, method in columns if T)))
     print(f"wrote {out}/table.md, {out}/scores.csv and {out}/figure.png")
 
 
@@ -442,6 +457,8 @@ def main():
     state = load_for_finetuning(args.checkpoint, device)
     ff_state = load_checkpoint(args.ff_checkpoint, device) if args.ff_checkpoint else None
     config = state["config"]
+    if ff_state and ff_state["config"].match:
+        raise UserError(f"{args.ff_checkpoint} was trained with the match loss: the FF variant comes from meta_train.py --no-match")
     if ff_state and (ff_state["config"].image_size, ff_state["config"].landmarks) != (config.image_size, config.landmarks):
         raise UserError(f"{args.ff_checkpoint} has another image size or other landmarks than {args.checkpoint}")
     for checkpoint in filter(None, (state, ff_state)):
@@ -454,20 +471,22 @@ def main():
         x, y = to_tensors(*data.load(0, lambda count: range(min(count, max(args.shots)))))
         print(timing(state, content, to_float(x, device), to_float(y, device), args.shots, device))
         return
-    network = inception(args.inception) if args.inception else None
+    network = inception(args.inception, device) if args.inception else None
     recognise = torchscript_recognition(args.recognition, device) if args.recognition else None if args.toy else dlib_recognition()
     setup = Setup(state, ff_state, content, args.ablation, None if args.toy else landmark_detector(config.landmarks), recognise, device)
 
     digest = lambda path: path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     protocol = {"checkpoint": digest(args.checkpoint), "ff_checkpoint": digest(args.ff_checkpoint), "recognition": digest(args.recognition),
-                "data": data.name, "content": content.kind, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
+                "data": data.name, "content": [content.kind, digest(args.vgg19), digest(args.vggface)], "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
                 "videos": draw_protocol(data, args.shots, args.holdout, args.videos, args.seed)}
+    names, videos = list(protocol["videos"]), find_videos(data)
+    for name in names if isinstance(data, PreparedVideos) else ():     # the folder may have been prepared anew
+        protocol["videos"][name]["files"] = [digest(data.files[i]) for i in videos[name]]
     if (out / "protocol.json").exists() and json.loads((out / "protocol.json").read_text()) != protocol:
         raise UserError(f"{out} holds an evaluation of something else: name another --out")
     with atomic(out / "protocol.json") as temporary:
         Path(temporary).write_text(json.dumps(protocol, indent=1))
 
-    names, videos = list(protocol["videos"]), find_videos(data)
     load = lambda name, part: data.load(videos[name][part == "holdout"], lambda count: protocol["videos"][name][part])
     for k, name in enumerate(tqdm(names, "evaluating", unit=" videos")):
         if not (out / name / "scores.csv").exists():

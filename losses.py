@@ -119,10 +119,10 @@ def read_matconvnet(path):
             layers, mean = pool.submit(_matconvnet_arrays, path).result()
         layers = [tuple(torch.as_tensor(w, dtype=torch.float32) for w in layer) for layer in layers]
         mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 3).mean(0)
+        # H x W x in x out; squeeze_me took away axes of length 1, which only the classifier's 1x1 layers have: not needed
+        return [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4], mean
     except Exception as e:  # scipy raises many types on foreign or damaged files
         raise UserError(f"{path} is not a MatConvNet network ({type(e).__name__}: {' '.join(str(e).split())})") from None
-    # H x W x in x out; squeeze_me took away axes of length 1, which only the classifier's 1x1 layers have: not needed
-    return [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4], mean
 
 
 def _matconvnet_arrays(path):
@@ -139,7 +139,7 @@ def caffe_features(path, letter, layers, weight):
     net = make_layers(cfgs[letter])[:max(layers) + 1]
     tensors, mean = read_matconvnet(path)
     convs = [m for m in net if isinstance(m, nn.Conv2d)]
-    if [f.shape for f, _ in tensors[:len(convs)]] != [m.weight.shape for m in convs]:
+    if [(f.shape, b.shape) for f, b in tensors[:len(convs)]] != [(m.weight.shape, m.bias.shape) for m in convs]:
         raise UserError(f"{path} does not hold a {'VGG19' if letter == 'E' else 'VGG16, as VGGFace is'}: its layers differ")
     for module, (filters, bias) in zip(convs, tensors):
         module.weight.data, module.bias.data = filters, bias

@@ -112,13 +112,17 @@ def save(out, step, config, nets, averages, D, optimizers, run_id, rank, world):
     if rank == 0:
         save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, E=averages[0], G=averages[1], V=D.V, w0=D.w0, b=D.b)
         clear(out, checkpoints(out)[-2:])
+    if world > 1:
+        dist.barrier()      # nobody leaves before the checkpoint is there
 
 
 def clear(out, keep):
     """Delete checkpoints but those of the steps in `keep`, and what a killed run left behind."""
-    old = [f for f in Path(out).glob("step-*") if not re.match(r"step-(\d+)\.", f.name) or int(f.name[5:].split(".")[0]) not in keep]
-    for file in sorted(old, key=lambda f: f.suffix != ".pt"):  # the .pt first: without it the rest does not count
-        file.unlink()
+    for end in ("pt", r"rank-\d+\.state"):     # the .pt first: without it the rest does not count
+        for file in Path(out).glob("step-*"):
+            match = re.fullmatch(rf"step-(\d+)\.{end}(\.\d+\.tmp)?", file.name)
+            if match and (match[2] or int(match[1]) not in keep):
+                file.unlink()
 
 
 def read_state(out, step, config, run_id, rank, device):
@@ -175,6 +179,14 @@ def worker_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def on_signal(signals, number):
+    """The first one saves and stops; one that comes seconds later stops at once (clusters send the first one twice)."""
+    if signals and time.time() - signals[0][1] > 3:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    signals.append((number, time.time()))
+
+
 class Log:
     """Means over the steps since the last line, aligned on the screen and as CSV."""
 
@@ -182,11 +194,10 @@ class Log:
         self.start, self.total, self.values, self.since, self.waited = start, total, [], time.time(), 0.0
         self.began, self.last_step = time.time(), start
         lines = Path(path).read_text().splitlines()[1:] if start and os.path.exists(path) else []
-        self.file = open(path, "w", newline="")
-        self.csv = csv.writer(self.file)
-        self.csv.writerow(COLUMNS)
         rows = [row for row in (line.split(",") for line in lines) if len(row) == len(COLUMNS)]  # a kill can leave half of one
-        self.csv.writerows(row for row in rows if int(row[0]) <= start)
+        with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= start)])
+        self.path = path
         print("".join(f"{c:>10}" for c in COLUMNS) + f"{'ETA':>10}", flush=True)
 
     def write(self, step, samples_per_step):
@@ -196,8 +207,11 @@ class Log:
         row = [step, *(f"{m:.4f}" for m in means), f"{steps * samples_per_step / seconds:.1f}", f"{100 * self.waited / seconds:.0f}"]
         eta = int((now - self.began) / (step - self.start) * (self.total - step))
         print("".join(f"{v:>10}" for v in row) + f"{eta // 3600:>4}:{eta // 60 % 60:02}:{eta % 60:02}", flush=True)
-        self.csv.writerow(row)
-        self.file.flush()
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
         self.values, self.since, self.waited, self.last_step = [], now, 0.0, step
 
 
@@ -292,7 +306,7 @@ def main():
     start, ckpt, state = newest(args.out, config, run_id, rank, world, device)
     if start >= steps:
         print(f"{args.out} is finished: step {start} of {steps}")
-        return
+        return dist.destroy_process_group() if world > 1 else None
     if rank == 0:
         clear(args.out, [step for step in done if step <= start])
     torch.manual_seed(args.seed)            # the networks start equal on every rank ...
@@ -320,8 +334,8 @@ def main():
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
 
     signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # the first one saves and stops, a second one stops at once
-        signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: on_signal(signals, number))
 
     for step in range(start + 1, steps + 1):
         waiting = time.time()
@@ -350,7 +364,7 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if stopping and step < steps:
-        sys.exit(print(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume", file=sys.stderr) or 128 + (signals or [signal.SIGTERM])[0])
+        sys.exit(print(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume", file=sys.stderr) or 128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
 if __name__ == "__main__":

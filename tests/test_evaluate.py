@@ -71,15 +71,10 @@ def test_fid_against_hand_computed_values():
     rng = np.random.default_rng(0)
     frames = list(rng.integers(0, 255, (40, 8, 8, 3), dtype=np.uint8))
     network = lambda images: images.float().mean((2, 3))                       # (B, 3)
-    assert evaluate.fid(frames, frames, network) == pytest.approx(0, abs=1e-6)
-    shifted = lambda images: network(images) + torch.tensor([3.0, 0, 4]) * (images[:, :1, 0, 0].float() >= 0) * state["on"]
-    state = {"on": 0}
-
-    def counting(images):  # the second set's features are moved by (3, 0, 4): FID is |(3, 0, 4)|^2 = 25
-        state["n"] = state.get("n", 0) + len(images)
-        state["on"] = float(state["n"] > len(frames))
-        return shifted(images)
-    assert evaluate.fid(frames, frames, counting) == pytest.approx(25, abs=1e-3)
+    real = evaluate.fid_statistics(frames, network)
+    assert evaluate.fid(real, evaluate.fid_statistics(frames, network)) == pytest.approx(0, abs=1e-6)
+    shifted = evaluate.fid_statistics(frames, lambda images: network(images) + torch.tensor([3.0, 0, 4]))
+    assert evaluate.fid(real, shifted) == pytest.approx(25, abs=1e-3)           # |(3, 0, 4)|^2
 
 
 def test_an_arcface_like_network_gets_an_aligned_face(astronaut, tmp_path):
@@ -138,6 +133,11 @@ def test_a_given_split_is_kept():
     assert evaluate.find_videos(data) == {"a": (0, 1), "b": (2, 3)}
     protocol = evaluate.draw_protocol(data, [8], 32, 50, 0)
     assert list(protocol) == ["a"] and max(protocol["a"]["learn"]) < 9 and len(protocol["a"]["holdout"]) == 32
+
+
+def test_who_is_the_same_person():
+    names = ["clips/id00061/abc", "id00061/def", "photos/Tom_Hanks", "photos/Halle_Berry"]
+    assert [evaluate.person(n) for n in names] == ["id00061", "id00061", "photos/Tom_Hanks", "photos/Halle_Berry"]
 
 
 # -------------------------------------------------------------------------------------------- the command
@@ -223,6 +223,7 @@ def test_what_a_user_can_get_wrong(tmp_path, checkpoint, ff_checkpoint):
     assert "no prepared videos" in fail(*flags, "--data", "nowhere", cwd=tmp_path)
     assert "no file nothing.pth" in fail(*flags, "--toy", "--inception", "nothing.pth", cwd=tmp_path)
     assert "without the match loss" in fail(flags[0], "--checkpoint", ff_checkpoint, "--toy", cwd=tmp_path)
+    assert "--no-match" in fail(*flags, "--ff-checkpoint", checkpoint, "--toy", cwd=tmp_path)
     assert "--shots" in fail(*flags, "--toy", "--shots", "0", cwd=tmp_path)
     (tmp_path / "junk").write_bytes(b"junk")
     assert "FID" in fail(*flags, "--toy", "--inception", "junk", cwd=tmp_path)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, script, succeed, write_clip
 from data import Episodes, PreparedVideos, prepare, read_photo, read_video
-from model import UserError, load_checkpoint
+from model import Config, UserError, load_checkpoint
 
 TRACK = ROOT / "assets" / "speech.npz"
 
@@ -133,10 +133,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
     result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
     assert result.returncode == 0 and damaged in result.stderr and "step 4 cannot be resumed" in result.stderr
     assert same(tensors(tmp_path / "run/step-4.pt"), whole)
-    for file in (tmp_path / "run").glob("step-*.pt"):
+    (tmp_path / "run/step-4-best.pt").write_bytes(b"the user's own")
+    for file in (tmp_path / "run").glob("step-?.pt"):
         file.write_bytes(b"nothing")
     result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
     assert result.returncode == 2 and "none of the checkpoints" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "run/step-4-best.pt").exists()
 
 
 def test_a_rank_that_dies_is_started_again(tmp_path):
@@ -178,15 +180,17 @@ def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
     videos = PreparedVideos(prepared / "out")
     good = [Episodes(videos, 2, 1)[n] for n in range(60)]
     broken = copied(prepared / "out", tmp_path / "out")
-    victim = sorted(broken.glob("*.pt"))[3]
+    victim = sorted(broken.glob("*.pt"))[0]
     victim.write_bytes(victim.read_bytes()[:200])
     episodes = Episodes(PreparedVideos(broken), 2, 1)
     again = [episodes[n] for n in range(60)]
     said = capsys.readouterr().err
     assert said.count(victim.name) == 1 and "Another sample" in said            # told once
-    replaced = [a[0] == 3 for a in good]
-    assert any(replaced) and all(b[0] != 3 for b in again)
+    replaced = [a[0] == 0 for a in good]
+    assert any(replaced) and all(b[0] != 0 for b in again)
     assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)     # the others stay as they were
+    episodes = Episodes(PreparedVideos(broken), 2, 1, config=Config(by_frames=True))
+    assert all(episodes[n][0] != 0 for n in range(60))                          # it has no frames to be drawn by
     for file in broken.glob("*.pt"):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
@@ -304,7 +308,7 @@ from pathlib import Path
 from data import faces_in, landmark_detector, track_video, PreparedVideos
 from infer import load_track
 from losses import read_matconvnet
-from model import UserError, load_checkpoint, load_networks
+from model import Config, UserError, load_checkpoint, load_networks
 torch.set_num_threads(1)
 detect = landmark_detector("dlib")
 read = {
