@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import os
+import re
 import sys
 import warnings
 from array import array
@@ -99,11 +100,14 @@ def landmark_detector(kind):
     return {"fan": _fan_detector, "dlib": _dlib_detector}[kind]()
 
 
+def dlib_model(name):
+    """The path of a file in face_recognition_models, which cannot be imported under current setuptools."""
+    return os.path.join(find_spec("face_recognition_models").submodule_search_locations[0], "models", name)
+
+
 def _dlib_detector():
     import dlib
-    # face_recognition_models cannot be imported under current setuptools, but its files can be found
-    folder = find_spec("face_recognition_models").submodule_search_locations[0]
-    predictor = dlib.shape_predictor(os.path.join(folder, "models", "shape_predictor_68_face_landmarks.dat"))
+    predictor = dlib.shape_predictor(dlib_model("shape_predictor_68_face_landmarks.dat"))
     detector = dlib.get_frontal_face_detector()
 
     def detect(image):
@@ -122,12 +126,20 @@ def _dlib_detector():
 
 def _fan_detector():
     import face_alignment
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:  # compile=False: the default spends minutes compiling on a CPU
+    from face_alignment.detection.sfd import sfd_detector
+    device, folder = "cuda" if torch.cuda.is_available() else "cpu", os.path.join(torch.hub.get_dir(), "checkpoints")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for url in (sfd_detector.models_urls["s3fd"], face_alignment.api.models_urls["2DFAN-4"]):
+            path = os.path.join(folder, os.path.basename(url))
+            if not os.path.exists(path):    # the library would not check the hash that the name carries
+                print(f"Downloading {url} to {path}", file=sys.stderr)
+                published = re.search(r"-([0-9a-f]{8,})\.", url)
+                torch.hub.download_url_to_file(url, path, hash_prefix=published and published[1])
+        # compile=False: the default spends minutes compiling on a CPU
         fan = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device=device, compile=False)
-    except OSError as e:  # URLError is one
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise UserError(f"cannot download the weights of face-alignment ({e}): put them into {folder} yourself, "
+    except (OSError, RuntimeError) as e:  # no network, a wrong hash
+        raise UserError(f"cannot get the weights of face-alignment ({e}): put them into {folder} yourself, "
                         "or prepare and train with data.py --landmarks dlib") from None
 
     def detect(image):

@@ -22,7 +22,6 @@ import re
 import statistics
 import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import PreparedVideos, ToyHeads, check_paths, landmark_detector, run, to_float, to_tensors, to_uint8, warn
+from data import PreparedVideos, ToyHeads, check_paths, dlib_model, landmark_detector, run, to_float, to_tensors, to_uint8, warn
 from finetune import CHECKPOINT, EPOCHS, add_content_flags, default_device, embed, finetune, load_for_finetuning
 from losses import ContentLoss
 from model import UserError, atomic, autocast, fast_dtype, load_checkpoint, load_networks
@@ -76,8 +75,7 @@ def landmark_error(frame, points, detect):
 def dlib_recognition():
     """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, of the network in face-recognition-models."""
     import dlib
-    folder = find_spec("face_recognition_models").submodule_search_locations[0]
-    net = dlib.face_recognition_model_v1(os.path.join(folder, "models", "dlib_face_recognition_resnet_model_v1.dat"))
+    net = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
 
     def vector(frame, points):
         frame, points = enlarged(frame, points)
@@ -152,9 +150,9 @@ def find_videos(data):
 def draw_protocol(data, shots, holdout, count, seed):
     """-> {name: {"learn": [frame numbers], "holdout": [...]}} of `count` videos, drawn uniformly. T frames are the first T."""
     rng, protocol, short = np.random.default_rng(seed), {}, []
-    videos = find_videos(data)
+    videos = list(find_videos(data).items())
     for k in rng.permutation(len(videos)):
-        name, (i, j) = list(videos.items())[k]
+        name, (i, j) = videos[k]
         frames = rng.permutation(data.count(i)).tolist()
         learn, rest = frames[:max(shots)], frames[max(shots):]
         held = rest[:holdout] if i == j else rng.permutation(data.count(j))[:holdout].tolist()
@@ -327,13 +325,14 @@ def user_study(folder, out, videos, shots, seed):
     rng, triplets = np.random.default_rng(seed), []
     for name in videos:
         real = [read_strip(f"{out}/{other}/T0 {REAL}.png") for other in videos if other != name and person(other) == person(name)]
+        holdout, learning = (read_strip(f"{out}/{name}/T0 {part}.png") for part in (REAL, SOURCE))
         for T in shots:
             for method in (FF, BEFORE, AFTER):
                 if not (out / name / f"T{T} {method}.png").exists():
                     continue
                 fakes = read_strip(f"{out}/{name}/T{T} {method}.png")
                 k = int(rng.integers(len(fakes)))
-                own = [f for j, f in enumerate(read_strip(f"{out}/{name}/T0 {REAL}.png")) if j != k] + read_strip(f"{out}/{name}/T0 {SOURCE}.png")[1:]
+                own = [f for j, f in enumerate(holdout) if j != k] + learning[1:]
                 if len(real) >= 2:      # three different sequences, as in the paper
                     pair = [real[j][rng.integers(len(real[j]))] for j in rng.choice(len(real), 2, replace=False)]
                 elif len(own) >= 2:     # other moments

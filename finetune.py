@@ -1,7 +1,7 @@
 """Stage 2, Sec. 3.3: few-shot learning of a new person by fine-tuning on T photos or frames.
 
     python finetune.py --photos A.jpg B.jpg --out person.pt
-    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-2000.pt
+    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-1000.pt
 
 Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import check_paths, faces_in, landmark_detector, run, to_float, to_tensors
-from losses import FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
+from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from model import UserError, autocast, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "toy.pt")
@@ -52,10 +52,9 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
         psi = G.project(e_new[None])[0]                         # psi' = P e_NEW
         psi = nn.Parameter(like(psi) if random == "psi" else psi)
         w = nn.Parameter(D.w0 + (like(e_new) if random == "w" else e_new))      # w' = w0 + e_NEW
-    betas = (0.0, 0.999)
     parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' has taken P's place
-    optimizer_G = torch.optim.Adam([*parameters_G, psi], config.lr, betas)
-    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, betas)
+    optimizer_G = torch.optim.Adam([*parameters_G, psi], config.lr, BETAS)
+    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
 
     shuffle, history = torch.Generator().manual_seed(seed), []
     G.train(), D.train()

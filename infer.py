@@ -123,18 +123,24 @@ def _sound(path, out, shift):
     if not source.streams.audio:
         return iter(())
     audio = source.streams.audio[0]
-    if audio.codec_context is None:
-        warn(f"{path}: its sound is in a codec that cannot be read, and is left out")
+    if audio.codec_context is None or not audio.rate:
+        warn(f"{path}: its sound cannot be read, and is left out")
         return iter(())
     copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
     stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
+
+    def decoded(packet):
+        try:
+            return packet.decode()
+        except av.InvalidDataError:
+            return []       # a damaged packet: a gap of some milliseconds
 
     def packets():
         with source:
             try:
                 for packet in source.demux(audio):
                     if not copy:
-                        for frame in packet.decode():
+                        for frame in decoded(packet):
                             yield from stream.encode(frame)
                     elif packet.dts is not None:  # the last one is empty, for flushing
                         packet.pts, packet.dts = packet.pts + round(shift / packet.time_base), packet.dts + round(shift / packet.time_base)

@@ -28,10 +28,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 from data import Episodes, PreparedVideos, ToyHeads, check_paths, run, to_float, to_uint8, warn
-from losses import (FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
+from losses import (BETAS, FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
 from model import Config, Discriminator, Embedder, Generator, UserError, atomic, autocast, load_checkpoint, save_checkpoint, save_tensors
 
-BETAS = (0.0, 0.999)    # not in the paper; as BigGAN and SAGAN
 LOG_EVERY = 50
 COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
 TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,
@@ -174,9 +173,10 @@ def check_finite(values, weights, step, out, world):
 
 
 def worker_signals(worker):
-    """A loader's worker leaves signals to the main process, which may need one more batch, and ends when that does."""
+    """A loader's worker leaves signals to the main process, which may need one more batch: told to end, it waits seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(5))
 
 
 def on_signal(signals, number):

@@ -51,6 +51,14 @@ def fail(*args, **options):
     return lines[0]
 
 
+def tensors(path):
+    return {k: v for k, v in torch.load(path, weights_only=True).items() if torch.is_tensor(v)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def networks(size=64, num_videos=4, **config):
     torch.manual_seed(0)
     cfg = Config(image_size=size, num_videos=num_videos, **TINY | config)

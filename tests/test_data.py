@@ -1,5 +1,6 @@
 """data.py: landmark images, crops, photos and videos, prepared folders, episodes."""
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -181,6 +182,47 @@ def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
+
+
+def write_sound(path, codec):
+    """Two seconds of black with noise."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        video, audio = out.add_stream("mpeg4", rate=25), out.add_stream(codec, rate=48000)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        for k in range(50):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+            noise = av.AudioFrame.from_ndarray(rng.uniform(-0.5, 0.5, (1, 1920)).astype(np.float32), format="fltp", layout="mono")
+            noise.sample_rate, noise.pts, noise.time_base = 48000, 1920 * k, Fraction(1, 48000)
+            out.mux(audio.encode(noise))
+        out.mux(video.encode())
+        out.mux(audio.encode())
+
+
+def test_broken_sound_does_not_cost_the_video_nor_the_sound_after_it(tmp_path, capsys):
+    write_sound(tmp_path / "some.avi", "mp2")
+    write_sound(tmp_path / "all.ts", "aac")
+    some, rest = (tmp_path / "some.avi").read_bytes(), bytearray((tmp_path / "all.ts").read_bytes())
+    with av.open(str(tmp_path / "some.avi")) as container:
+        for packet in [p for p in container.demux(audio=0) if p.size][10:40]:
+            some = some.replace(bytes(packet), b"\x55" * packet.size)
+    (tmp_path / "some.avi").write_bytes(some)
+    with av.open(str(tmp_path / "all.ts")) as container:
+        number = container.streams.audio[0].id
+    for k in range(0, len(rest), 188):      # the packets of a transport stream; the tables stay
+        if (rest[k + 1] & 31) << 8 | rest[k + 2] == number:
+            rest[k + 30:k + 188] = bytes(158)
+    (tmp_path / "all.ts").write_bytes(rest)
+    for name in ("some.avi", "all.ts"):
+        infer.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), tmp_path / name)
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            packets = [p for p in container.demux() if p.size]
+            assert sum(p.stream.type == "video" for p in packets) == 50
+            heard = [float(p.pts * p.time_base) for p in packets if p.stream.type == "audio"]
+        if name == "some.avi":              # a hole, and sound in time after it
+            assert max(heard) > 1.9 and max(np.diff(heard)) > 0.5
+        else:
+            assert not heard and "sound cannot be read" in capsys.readouterr().err
 
 
 def test_rotation_metadata_is_honoured(tmp_path):
@@ -367,6 +409,16 @@ def test_fan_without_a_network_says_where_to_put_its_weights(videos, tmp_path):
     result = script("data.py", "--videos", videos, "--out", "out", cwd=tmp_path, TORCH_HOME=str(tmp_path))
     line = result.stderr.splitlines()[-1]       # before it, torch hub may announce the download
     assert result.returncode == 2 and "Traceback" not in result.stderr and "--landmarks dlib" in line and "checkpoints" in line
+
+
+def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    from face_alignment.detection.sfd import sfd_detector
+    (tmp_path / "net-0123456789.pth").write_bytes(b"something else")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sfd_detector.models_urls, "s3fd", (tmp_path / "net-0123456789.pth").as_uri())
+    with pytest.raises(UserError, match="invalid hash value"):
+        data.landmark_detector("fan")
+    assert not list((tmp_path / "home/hub/checkpoints").iterdir())
 
 
 def test_every_script_has_help(tmp_path):

@@ -13,20 +13,12 @@ import torch
 
 import finetune as stage2
 import meta_train
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, script, succeed
+from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, same, script, succeed, tensors
 from data import ToyHeads, read_video, to_float, to_rgb, to_tensors
 from finetune import embed, finetune
 from infer import load_track
 from losses import ContentLoss
 from model import load_checkpoint, load_person
-
-
-def tensors(path):
-    return {k: v for k, v in torch.load(path, weights_only=True).items() if torch.is_tensor(v)}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def train(monkeypatch, out, *flags):
