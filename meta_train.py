@@ -152,6 +152,15 @@ def newest(out, config, run_id, rank, world, device):
     return 0, None, None
 
 
+def join(backend, rank, world):
+    """The process group. torchrun's restarts share a store, where ranks can meet the addresses of those that died and wait
+    for ever (PyTorch's issue 135712): so each has its keys apart. Not on several nodes, which count restarts each for itself."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore("restart " + os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def any_rank(flags, world, device):
     """Each of the flags: is it set on any of the ranks? So that all of them do the same."""
     flags = torch.tensor(flags, dtype=torch.float32, device=device)
@@ -302,7 +311,7 @@ def main():
         raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
     content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join("nccl" if device.type == "cuda" else "gloo", rank, world)
     start, ckpt, state = newest(args.out, config, run_id, rank, world, device)
     if start >= steps:
         print(f"{args.out} is finished: step {start} of {steps}")
