@@ -396,7 +396,7 @@ def timing(state, content, x, y, shots, device):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
+    add("--checkpoint", help="a meta-learned checkpoint (default: the bundled weights/real64.pt, with --toy weights/toy.pt)")
     add("--ff-checkpoint", metavar="FILE", help="one trained with meta_train.py --no-match, for the row Ours-FF")
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--toy", action="store_true", help="drawn heads that no training has seen, instead of --data")
@@ -412,6 +412,7 @@ def parse():
     add("--timing", action="store_true", help="print Table 2 and nothing else")
     add_content_flags(parser)
     args = parser.parse_args()
+    args.checkpoint = args.checkpoint or (str(Path(CHECKPOINT).with_name("toy.pt")) if args.toy else CHECKPOINT)
     if min(*args.shots, args.videos, args.holdout) < 1 or args.seed < 0:
         raise UserError("--shots, --videos and --holdout must be at least 1, --seed at least 0")
     check_paths([args.checkpoint, args.ff_checkpoint, args.recognition, args.inception, args.vgg19, args.vggface])

@@ -17,7 +17,7 @@ from data import check_paths, faces_in, landmark_detector, run, to_float, to_ten
 from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from model import UserError, autocast, load_checkpoint, load_networks, save_checkpoint
 
-CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "toy.pt")
+CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
@@ -129,7 +129,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
     parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/real64.pt)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
     parser.add_argument("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
     parser.add_argument("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from random numbers")

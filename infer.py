@@ -163,7 +163,7 @@ def main():
     who.add_argument("--person", metavar="FILE", help="a person file of finetune.py or --save-person")
     parser.add_argument("--driver", required=True, metavar="FILE", help="the video whose face drives, or a saved track (.npz)")
     parser.add_argument("--out", default="result.mp4", help="(default: result.mp4)")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/toy.pt)")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/real64.pt)")
     parser.add_argument("--feed-forward", action="store_true", help="leave fine-tuning out: quicker, less like the person")
     parser.add_argument("--compare", action="store_true", help="source, landmarks and result side by side")
     parser.add_argument("--save-person", metavar="FILE", help="keep the person for --person")
