@@ -16,15 +16,15 @@ from model import load_checkpoint  # noqa: E402
 
 PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), (0, 40, 90, 120, 160, 180), 128
 
-rows = []
+state = load_checkpoint(CHECKPOINT, default_device())
+config, rows = state["config"], []
+content, detect = ContentLoss(config.content), landmark_detector(config.landmarks)
+points = load_track(str(ASSETS / "speech.npz")).in_crops(config.image_size)[list(POSES)]
 for photo in PHOTOS:
-    state = load_checkpoint(CHECKPOINT, default_device())
-    config = state["config"]
-    x, y = load_faces([ASSETS / photo], config, landmark_detector(config.landmarks))
-    points = load_track(str(ASSETS / "speech.npz")).in_crops(config.image_size)[list(POSES)]
+    x, y = load_faces([ASSETS / photo], config, detect)
     pictures = []
     for epochs in (0, EPOCHS):      # feed-forward, fine-tuned
-        _, G, psi, source = learn_person(state, x, y, ContentLoss(config.content), epochs, default_device())
+        _, G, psi, source = learn_person(state, x, y, content, epochs, default_device())
         pictures.append([np.split(picture, 3, axis=1) for picture in render(G, psi, points, config.image_size, source)])
     (source, _, _), blank = pictures[0][0], np.full_like(pictures[0][0][0], 255)
     rows += [[source, *(landmarks for _, landmarks, _ in pictures[0])]]

@@ -51,6 +51,13 @@ def fail(*args, **options):
     return lines[0]
 
 
+def torchrun(*arguments, cwd):
+    """Two ranks on CPUs, a thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+
+
 def tensors(path):
     return {k: v for k, v in torch.load(path, weights_only=True).items() if torch.is_tensor(v)}
 

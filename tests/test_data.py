@@ -167,36 +167,27 @@ def test_video_frames_times_and_sound_survive(tmp_path, clip):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out.mp4"]
 
 
-def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
-    with av.open(str(tmp_path / "a.avi"), "w") as out:
-        video, audio = out.add_stream("mpeg4", rate=25), out.add_stream("pcm_s16le", rate=16000, layout="mono")
+def write_sound(path, codec, rate=48000, frames=50):
+    """A black video at 25 frames a second, with noise."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        video, audio = out.add_stream("mpeg4", rate=25), out.add_stream(codec, rate=rate, layout="mono")
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
-        for _ in range(25):
+        for k in range(frames):
             out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+            noise = av.AudioFrame.from_ndarray(rng.uniform(-0.5, 0.5, (1, rate // 25)).astype(np.float32), format="fltp", layout="mono")
+            noise.sample_rate, noise.pts, noise.time_base = rate, rate // 25 * k, Fraction(1, rate)
+            out.mux(audio.encode(noise))
         out.mux(video.encode())
-        note = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
-        note.rate = 16000
-        out.mux(audio.encode(note))
         out.mux(audio.encode())
+
+
+def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
+    write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
     infer.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
-
-
-def write_sound(path, codec):
-    """Two seconds of black with noise."""
-    rng = np.random.default_rng(0)
-    with av.open(str(path), "w") as out:
-        video, audio = out.add_stream("mpeg4", rate=25), out.add_stream(codec, rate=48000)
-        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
-        for k in range(50):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-            noise = av.AudioFrame.from_ndarray(rng.uniform(-0.5, 0.5, (1, 1920)).astype(np.float32), format="fltp", layout="mono")
-            noise.sample_rate, noise.pts, noise.time_base = 48000, 1920 * k, Fraction(1, 48000)
-            out.mux(audio.encode(noise))
-        out.mux(video.encode())
-        out.mux(audio.encode())
 
 
 def test_broken_sound_does_not_cost_the_video_nor_the_sound_after_it(tmp_path, capsys):

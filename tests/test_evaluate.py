@@ -142,6 +142,16 @@ def test_who_is_the_same_person():
 
 # -------------------------------------------------------------------------------------------- the command
 
+def test_the_controls_are_frames_of_the_source():
+    """With one source frame both are this one; with two, the nearer one by its landmarks is found."""
+    frames, points = np.arange(2, dtype=np.uint8)[:, None, None, None] * np.ones((2, 64, 64, 3), np.uint8), np.zeros((2, 68, 2), np.float32)
+    points[1] += 10
+    truth = (frames, points[::-1] + 1)
+    for T, nearest in ((1, [0, 0]), (2, [1, 0])):
+        controls = evaluate.methods(None, T, (frames, points), truth)
+        assert [next(controls)[1][:, 0, 0, 0].tolist() for _ in range(2)] == [[0, 0], nearest]
+
+
 FLAGS = ["--toy", "--videos", "2", "--shots", "2", "--holdout", "3", "--out", "out"]
 
 

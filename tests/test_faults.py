@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succeed, tensors, write_clip
+from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succeed, tensors, torchrun, write_clip
 from data import Episodes, PreparedVideos, prepare, read_photo, read_video
 from model import Config, UserError, load_checkpoint
 
@@ -149,8 +149,7 @@ def check(values, weights, step, *rest):
 meta_train.check_finite = check
 data.run(meta_train.main)
 """)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags, "program.py"], cwd=folder,
-                          capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    return torchrun(*flags, "program.py", cwd=folder)
 
 
 def test_a_rank_that_dies_is_started_again(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 import finetune as stage2
 import meta_train
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, same, script, succeed, tensors
+from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, same, script, succeed, tensors, torchrun
 from data import ToyHeads, read_video, to_float, to_rgb, to_tensors
 from finetune import embed, finetune
 from infer import load_track
@@ -93,17 +93,11 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     assert losses[0] == losses[1]
 
 
-def torchrun(*arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-
-
 def test_two_ranks_resume_exactly_and_part_only_in_d(tmp_path):
     for out, stops in (("run", [3]), ("cut", [2, 3])):
         for steps in stops:
-            torchrun(ROOT / "meta_train.py", *TINY_FLAGS, "--steps", steps, "--out", out, "--resume", cwd=tmp_path)
+            result = torchrun(ROOT / "meta_train.py", *TINY_FLAGS, "--steps", steps, "--out", out, "--resume", cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
     assert same(tensors(tmp_path / "run/step-3.pt"), tensors(tmp_path / "cut/step-3.pt"))
     states = [torch.load(tmp_path / f"run/step-3.rank-{r}.state", weights_only=True) for r in (0, 1)]
     a, b = (s["optimizers"][0]["state"] for s in states)
@@ -131,7 +125,8 @@ meta_train.save = save
 meta_train.main()
 """
     (tmp_path / "program.py").write_text(program)
-    torchrun("program.py", cwd=tmp_path)
+    result = torchrun("program.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     (E0, G0, D0), (E1, G1, D1) = (torch.load(tmp_path / f"rank-{r}", weights_only=True) for r in (0, 1))
     assert same(E0, E1) and same(G0, G1)
     assert not torch.equal(D0["V.blocks.0.conv1.parametrizations.weight.original"], D1["V.blocks.0.conv1.parametrizations.weight.original"])
