@@ -4,8 +4,9 @@
     python data.py --videos DIR --out DIR --landmarks dlib      # offline, about 10 ms a frame on a CPU core
 
 Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of a
-VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each. A prepared sequence is
-one file: {"jpeg": bytes of all crops, "offsets": (n+1,), "landmarks": (n, 68, 2) in pixels, "image_size", "detector"}.
+VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos there one together.
+A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,), "landmarks": (n, 68, 2) in pixels,
+"image_size", "detector"}.
 Running it again goes on where it stopped.
 """
 import argparse
@@ -27,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 from model import Config, UserError, save_tensors
 
@@ -295,7 +297,7 @@ def to_rgb(frame):
 
 class Track(NamedTuple):
     """The landmarks of a video, in pixels of its upright frames; times are pts * time_base[0] / time_base[1] seconds."""
-    points: np.ndarray      # (n, 68, 2) float32; a frame without a face repeats the face before it
+    points: np.ndarray      # (n, 68, 2) float32; a frame without a face repeats the face before it, or the first one
     found: np.ndarray       # (n,) bool
     pts: np.ndarray         # (n,) int64
     time_base: np.ndarray   # (2,) int64
@@ -311,7 +313,6 @@ class Track(NamedTuple):
 
 def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
     """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
-    from tqdm import tqdm
     points, found, pts, frames = array("f"), array("b"), array("q"), read_video(path, complain)  # an object a frame would fragment memory
     frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
     for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
@@ -408,7 +409,6 @@ def _prepare(files, out, kind, size, max_frames):
 
 def prepare(videos, out, kind, size, max_frames, workers):
     """`python data.py`: every sequence below `videos` becomes a file in `out`. Prints a summary."""
-    from tqdm import tqdm
     if not os.path.isdir(videos):
         raise UserError(f"no folder {videos}: name the one that holds the videos or photos with --videos DIR")
     sequences, empty = find_sequences(videos)
@@ -443,7 +443,7 @@ def prepare(videos, out, kind, size, max_frames, workers):
 # --------------------------------------------------------------------------------- datasets and episodes
 
 class PreparedVideos:
-    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, ts): some of them."""
+    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, choose): some of them."""
 
     def __init__(self, folder, image_size=None):
         self.folder = folder
@@ -453,18 +453,24 @@ class PreparedVideos:
                             "or train on drawn heads with --toy")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]     # rows of W belong to these files in this order
-        for i in range(len(self.files)):  # a damaged one may be among them
-            try:
-                first = self._open(i)
-                break
-            except UserError as e:
-                problem = e
-        else:
+        kinds = {}      # detector and size of each folder's first readable file: they may have been prepared one by one
+        for i, file in enumerate(self.files):
+            if os.path.dirname(file) not in kinds:
+                try:
+                    first = self._open(i)
+                    kinds[os.path.dirname(file)] = first["detector"], first["image_size"]
+                except UserError as e:
+                    problem = e
+        if not kinds:
             raise problem
-        self.detector, stored = first["detector"], first["image_size"]
-        self.image_size = image_size or stored
-        if self.image_size > stored:
-            raise UserError(f"{folder} was prepared at {stored} pixels: prepare it again with --image-size {image_size}")
+        self.detector = next(iter(kinds.values()))[0]
+        self.image_size = image_size or min(stored for _, stored in kinds.values())
+        for part, (detector, stored) in kinds.items():
+            if detector != self.detector:
+                raise UserError(f"{part} was prepared with {detector} landmarks, another part of {folder} with {self.detector}: "
+                                "prepare one of them again")
+            if stored < self.image_size:
+                raise UserError(f"{part} was prepared at {stored} pixels: prepare it again with --image-size {self.image_size}")
 
     def _open(self, i):
         try:  # memory-mapped: a few frames of a long video cost a few frames

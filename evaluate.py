@@ -148,7 +148,7 @@ def find_videos(data):
 
 
 def draw_protocol(data, shots, holdout, count, seed):
-    """-> {name: {"learn": [frame numbers], "holdout": [...]}} of `count` videos, drawn uniformly. T frames are the first T."""
+    """-> {name: {"learn": [frame numbers], "holdout": [...]}} of `count` videos, drawn uniformly. T frames are the first T of these."""
     rng, protocol, short = np.random.default_rng(seed), {}, []
     videos = list(find_videos(data).items())
     for k in rng.permutation(len(videos)):
@@ -192,7 +192,7 @@ class Setup(NamedTuple):
 
 def methods(setup, T, source, truth):
     """Yield (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)) for the n hold-out frames of a video,
-    learned from its first T.
+    learned from the first T of `source`.
 
     source, truth: (frames uint8, landmarks) of the learning and the hold-out part.
     """
@@ -441,7 +441,7 @@ def report(out, names, args, network):
         f" CSIM by {'the face-recognition network of dlib' if recognition == 'dlib' else recognition}: strangers "
         f"{strangers:.3f}, the same person {same:.3f}, both of real frames; of the way: (CSIM - strangers) / (same person - strangers). Right person: "
         "frames nearer to the person than to somebody else. Landmarks: error in % of the distance between the outer eye corners.")
-    text += f"\n\nMeans over {len(names)} videos ± standard error, {args.holdout} hold-out frames each.{csim}"
+    text += f"\n\nMeans over {len(names)} videos ± standard error, {args.holdout} hold-out frame{'s' * (args.holdout > 1)} each.{csim}"
     with atomic(out / "table.md") as temporary:
         Path(temporary).write_text(text + "\n")
     print(text)

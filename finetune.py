@@ -37,7 +37,7 @@ def embed(E, x, y):
 def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
-    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward.
+    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward, without one.
     The ablations of A.2: adversarial=False leaves L'_ADV out of eq. 9; random="e", "psi" or "w" starts e_NEW, psi' or
     w' from random numbers of the size that they would have.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.

@@ -32,7 +32,7 @@ def read_driver(path, config, detect):
         track = track_video(path, detect, config.landmarks, progress=True)
     missed = len(track.found) - int(track.found.sum())
     if missed:
-        print(f"no face in {missed} of {len(track.found)} frames of {path}: they repeat the landmarks before them")
+        print(f"no face in {missed} of {len(track.found)} frames of {path}: they repeat the landmarks before them, or the first ones")
     return track
 
 
@@ -69,7 +69,8 @@ def load_track(path):
             track = Track(*(file[name] for name in Track._fields))
         n = len(track.pts)
         shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
-        if n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all() or (track.time_base < 1).any():
+        if (n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all()
+                or (track.time_base < 1).any() or (np.diff(track.pts) < 1).any()):
             raise ValueError("its arrays are not those of a track")
         return track._replace(detector=str(track.detector))
     except FileNotFoundError:

@@ -56,10 +56,10 @@ def parse():
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="checkpoints hold a moving average of E and G, 0.999 for one (0: none)")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="checkpoints hold a moving average of E and G, e.g. 0.999 (0: none)")
     add("--by-frames", action="store_true", help="draw sequences in proportion to their frames: folders of few photos less often")
     add("--augment", action="store_true", help="recolour episodes and mirror half of them")
-    add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes are one frame, warped K + 1 times (0)")
+    add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes that are made of one frame, warped K + 1 times (0)")
     add("--psi-gain", type=float, default=1.0, help="psi_hat = gain * P e_hat (1)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
@@ -177,8 +177,9 @@ def check_finite(values, weights, step, out, world):
     bad = [name for name, wrong in zip(finite, any_rank([not f for f in finite.values()], world, values.device)) if wrong]
     if bad:
         good = checkpoints(out)
-        raise UserError(f"step {step}: {', '.join(bad)} is NaN or infinite. " + (f"The last good checkpoint is {out}/step-{good[-1]}.pt: go on from it with --resume"
-                        if good else "There is no checkpoint yet") + ", with a lower --lr and --lr-d in a new --out if it comes again")
+        raise UserError(f"step {step}: {', '.join(bad)} is NaN or infinite. " + (
+            f"The last good checkpoint is {out}/step-{good[-1]}.pt: go on from it with --resume. If it comes again, start"
+            if good else "There is no checkpoint yet: start") + " anew with a lower --lr and --lr-d in another --out")
 
 
 def worker_signals(worker):

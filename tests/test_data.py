@@ -237,6 +237,9 @@ def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
     back = infer.load_track(tmp_path / "t.npz")
     assert all(np.array_equal(a, b) for a, b in zip(track, back))
     assert track.seconds()[-1] == pytest.approx((9 * 512 + 10 * 768) / 12800)
+    infer.save_track(tmp_path / "still.npz", track._replace(pts=np.zeros(20, np.int64)))
+    with pytest.raises(UserError, match="is not a landmark track"):
+        infer.load_track(tmp_path / "still.npz")
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
@@ -339,6 +342,20 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
     assert small.shape == (2, 64, 64, 3) and half == pytest.approx((points + .5) / 2 - .5, abs=1e-4)
     with pytest.raises(UserError, match="--image-size 256"):
         data.PreparedVideos(tmp_path, 256)
+
+
+def test_parts_prepared_differently_are_told(tmp_path):
+    sequence = {"jpeg": torch.zeros(1), "offsets": torch.zeros(1), "landmarks": torch.zeros(0, 68, 2), "detector": "dlib"}
+    for part, difference in (("a", {"image_size": 128}), ("b", {"image_size": 64}), ("c", {"image_size": 128, "detector": "fan"})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "0.pt").write_text("a damaged file first")
+        torch.save(sequence | difference, tmp_path / part / "1.pt")
+    with pytest.raises(UserError, match="c was prepared with fan landmarks, another part .* with dlib"):
+        data.PreparedVideos(tmp_path)
+    (tmp_path / "c" / "1.pt").unlink()
+    assert data.PreparedVideos(tmp_path).image_size == 64
+    with pytest.raises(UserError, match="b was prepared at 64 pixels"):
+        data.PreparedVideos(tmp_path, 128)
 
 
 def test_the_target_is_never_among_the_K():
