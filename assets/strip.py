@@ -12,11 +12,12 @@ from data import landmark_detector  # noqa: E402  (the project's own modules, fr
 from finetune import CHECKPOINT, EPOCHS, default_device, learn_person, load_faces  # noqa: E402
 from infer import load_track, render  # noqa: E402
 from losses import ContentLoss  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import atomic, load_checkpoint  # noqa: E402
 
 PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), (0, 40, 90, 120, 160, 180), 128
 
-state = load_checkpoint(CHECKPOINT, default_device())
+device = default_device()
+state = load_checkpoint(CHECKPOINT, device)
 config, rows = state["config"], []
 content, detect = ContentLoss(config.content), landmark_detector(config.landmarks)
 points = load_track(str(ASSETS / "speech.npz")).in_crops(config.image_size)[list(POSES)]
@@ -24,10 +25,11 @@ for photo in PHOTOS:
     x, y = load_faces([ASSETS / photo], config, detect)
     pictures = []
     for epochs in (0, EPOCHS):      # feed-forward, fine-tuned
-        _, G, psi, source = learn_person(state, x, y, content, epochs, default_device())
+        _, G, psi, source = learn_person(state, x, y, content, epochs, device)
         pictures.append([np.split(picture, 3, axis=1) for picture in render(G, psi, points, config.image_size, source)])
     (source, _, _), blank = pictures[0][0], np.full_like(pictures[0][0][0], 255)
     rows += [[source, *(landmarks for _, landmarks, _ in pictures[0])]]
     rows += [[blank, *(result for _, _, result in drawn)] for drawn in pictures]
 cells = [[np.asarray(Image.fromarray(cell).resize((CELL, CELL), Image.BICUBIC)) for cell in row] for row in rows]
-Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in cells])).save(ASSETS / "strip.png")
+with atomic(ASSETS / "strip.png") as temporary:
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in cells])).save(temporary, "PNG")
