@@ -1,7 +1,7 @@
 """Stage 2, Sec. 3.3: few-shot learning of a new person by fine-tuning on T photos or frames.
 
     python finetune.py --photos A.jpg B.jpg --out person.pt
-    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-18000.pt
+    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-24000.pt
 
 Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
 """
