@@ -44,6 +44,7 @@ class Config:
     augment: bool = False       # episodes recoloured, half of them mirrored
     psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
+    adain_clamp: float = 0.0    # AdaIN cuts what it has normalised at +- this many deviations; 0: it does not
 
     def __post_init__(self):
         if self.image_size not in (64, 128, 256, 512):
@@ -133,13 +134,17 @@ class InstanceNorm(nn.InstanceNorm2d):
         return instance_norm(x, self.weight.expand(len(x), -1), self.bias.expand(len(x), -1))
 
 
-def adain(x, psi):
+def adain(x, psi, clamp=0.0):
     """Adaptive instance norm [14]. x (B, C, H, W), psi (B, 2C): C numbers gamma, then C numbers beta.
 
     1 + gamma, not gamma: under spectral normalisation psi = P e starts near zero and would kill the signal.
+    clamp: without it a single spot can outgrow a whole channel, whose deviation it then is, and all the rest dims.
     """
     gamma, beta = psi.to(x.dtype).chunk(2, dim=1)
-    return instance_norm(x, 1 + gamma, beta)
+    if not clamp:
+        return instance_norm(x, 1 + gamma, beta)
+    h = instance_norm(x, torch.ones_like(gamma), torch.zeros_like(beta)).clamp(-clamp, clamp)
+    return torch.addcmul(beta[..., None, None], h, 1 + gamma[..., None, None])
 
 
 class DownBlock(nn.Module):
@@ -168,18 +173,18 @@ class DownBlock(nn.Module):
 class AdaBlock(nn.Module):
     """Residual block of G's bottleneck and decoder, normalised by AdaIN; up=True doubles the resolution."""
 
-    def __init__(self, c_in, c_out, up=False):
+    def __init__(self, c_in, c_out, up=False, clamp=0.0):
         super().__init__()
-        self.up = up
+        self.up, self.clamp = up, clamp
         self.psi_sizes = [2 * c_in, 2 * c_out]
         self.conv1 = UpConv(c_in, c_out) if up else conv(c_in, c_out, 3)  # upsampled before it, as BigGAN does
         self.conv2 = conv(c_out, c_out, 3)
         self.skip = conv(c_in, c_out, 1) if up else nn.Identity()
 
     def forward(self, x, psi1, psi2):                               # (B, C_in, H, W), (B, 2 C_in), (B, 2 C_out)
-        h = F.relu(adain(x, psi1), inplace=True)                                # (B, C_in, H, W)
+        h = F.relu(adain(x, psi1, self.clamp), inplace=True)                    # (B, C_in, H, W)
         h = self.conv1(h)                                                       # (B, C_out, 2H, 2W)
-        h = self.conv2(F.relu(adain(h, psi2), inplace=True))                    # (B, C_out, 2H, 2W)
+        h = self.conv2(F.relu(adain(h, psi2, self.clamp), inplace=True))        # (B, C_out, 2H, 2W)
         x = self.skip(x)  # before upsampling: the same result for a quarter of the work
         return h + (F.interpolate(x, scale_factor=2.0) if self.up else x)       # (B, C_out, 2H, 2W)
 
@@ -234,9 +239,9 @@ class Generator(nn.Module):
         down = [3] + cfg.widths(4 if size > 64 else 3)
         up = [N] + down[:0:-1]                                                  # the encoder's widths in reverse
         self.down = nn.ModuleList(DownBlock(a, b, first=k == 0, norm=True) for k, (a, b) in enumerate(zip(down, down[1:])))
-        self.bottleneck = nn.ModuleList(AdaBlock(N, N) for _ in range(4))
-        self.up = nn.ModuleList(AdaBlock(a, b, up=True) for a, b in zip(up, up[1:]))
-        self.to_rgb = conv(up[-1], 3, 3)
+        self.bottleneck = nn.ModuleList(AdaBlock(N, N, clamp=cfg.adain_clamp) for _ in range(4))
+        self.up = nn.ModuleList(AdaBlock(a, b, True, cfg.adain_clamp) for a, b in zip(up, up[1:]))
+        self.to_rgb, self.clamp = conv(up[-1], 3, 3), cfg.adain_clamp
 
         bottom = size >> len(self.down)
         self.attention_down_after = int(math.log2(size // 32))                  # at 32x32 in the encoder
@@ -266,7 +271,7 @@ class Generator(nn.Module):
             h = block(h, next(psi), next(psi))                                  # (B, up[k], 16 * 2^k, 16 * 2^k)
             if k == self.attention_up_after:
                 h = self.attention_up(h)                                        # (B, 256, 64, 64)
-        h = F.relu(adain(h, next(psi)), inplace=True)                           # (B, 64, S, S): the final AdaIN (A.4)
+        h = F.relu(adain(h, next(psi), self.clamp), inplace=True)               # (B, 64, S, S): the final AdaIN (A.4)
         return torch.tanh(self.to_rgb(h))                                       # (B, 3, S, S)
 
     def forward(self, y, e):

@@ -298,6 +298,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["meta_train.py", "--data", "."], "not from data.py"),
     (["meta_train.py", "--toy", "--out", "text.jpg"], "cannot write to --out"),
     (["meta_train.py", "--toy", "--seed", "-1"], "--seed -1"),
+    (["meta_train.py", "--toy", "--adain-clamp", "-1"], "--adain-clamp -1"),
     (["meta_train.py", "--toy", "--image-size", "100"], "image size 100"),
     (["meta_train.py", "--toy", "--batch", "0"], "--batch 0"),
     (["meta_train.py", "--toy", "--steps", "0"], "--steps 0"),
