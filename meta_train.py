@@ -61,7 +61,6 @@ def parse():
     add("--augment", action="store_true", help="recolour episodes and mirror half of them")
     add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes that are made of one frame, warped K + 1 times (0)")
     add("--psi-gain", type=float, default=1.0, help="psi_hat = gain * P e_hat (1)")
-    add("--adain-clamp", type=float, default=0.0, metavar="C", help="AdaIN cuts what it has normalised at +- C deviations (0: it does not)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
@@ -74,9 +73,8 @@ def parse():
     if args.epochs is None:
         args.epochs = 150 if args.no_match else 75
     check_paths([args.vgg19, args.vggface])
-    for name in ("seed", "adain_clamp"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more is needed")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: 0 or more is needed")
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
@@ -300,8 +298,8 @@ def main():
     videos = ToyHeads(1000, args.image_size) if args.toy else PreparedVideos(args.data, args.image_size)
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
-    config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content, not args.no_match,
-                    args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills, args.adain_clamp)
+    config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
+                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills)
     episodes = Episodes(videos, args.K, slots, args.seed, rank, world, config)
     examples = Episodes(unseen, args.K, 8, args.seed + 1)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}

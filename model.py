@@ -44,7 +44,7 @@ class Config:
     augment: bool = False       # episodes recoloured, half of them mirrored
     psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
-    adain_clamp: float = 0.0    # AdaIN cuts what it has normalised at +- this many deviations; 0: it does not
+    adain_clamp: float = 0.0    # a trained G may cut what AdaIN has normalised at +- this many deviations; 0: it does not
 
     def __post_init__(self):
         if self.image_size not in (64, 128, 256, 512):
