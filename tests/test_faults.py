@@ -93,6 +93,9 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared, short_t
     for path in finished(whole):
         if path.suffix == ".pt":
             assert same(tensors(cut / path), tensors(whole / path))
+        elif path.suffix == ".mp4":     # x264 now and then writes other bytes for the very same frames, 1 level away
+            a, b = ([f.to_ndarray(format="rgb24").astype(int) for f in read_video(folder / path)] for folder in (cut, whole))
+            assert np.abs(np.array(a) - b).mean() < 5 < np.abs(np.diff(b, axis=0)).mean()
         else:
             assert (cut / path).read_bytes() == (whole / path).read_bytes()
     if stage == "meta_train":
