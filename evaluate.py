@@ -21,7 +21,6 @@ import os
 import re
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +29,14 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import PreparedVideos, ToyHeads, check_paths, dlib_model, landmark_detector, run, to_float, to_tensors, to_uint8, warn
+from data import PreparedVideos, to_float, to_tensors, to_uint8
+from faces import landmark_detector
+from files import UserError, atomic, check_paths, run, warn
 from finetune import CHECKPOINT, EPOCHS, add_content_flags, default_device, embed, finetune, load_for_finetuning
 from losses import ContentLoss
-from model import UserError, atomic, autocast, fast_dtype, load_checkpoint, load_networks
+from metrics import dlib_recognition, fid, fid_statistics, inception, landmark_error, ssim, torchscript_recognition
+from model import autocast, fast_dtype, load_checkpoint, load_networks
+from toy import ToyHeads
 
 SOURCE, REAL, COPY, NEAREST = "source", "real frame", "copy of the source", "nearest source frame"
 FF, BEFORE, AFTER = "Ours-FF", "Ours-FT before fine-tuning", "Ours-FT"
@@ -44,96 +47,6 @@ NO_MATCH = "without L_MCH, random w'"
 COLUMNS = ["video", "T", "method", "frame", "ssim", "csim", "csim_stranger", "landmark_error", "found"]
 PAPER = {(FF, 1): 0.061, (FF, 8): 0.138, (FF, 32): 0.221, (AFTER, 1): 43.84, (AFTER, 8): 85.48, (AFTER, 32): 258.0}  # Table 2, s
 PAPER_FRAME = 0.139  # Table 2, s a frame
-SIDE = 256  # smaller frames are enlarged to this many pixels before a face is looked for
-
-
-# -------------------------------------------------------------------------------------------- the metrics
-
-def ssim(a, b):
-    """Structural similarity [41] with its authors' Gaussian window: uint8 (S, S, 3) twice -> 1 for equal images."""
-    from skimage.metrics import structural_similarity
-    return float(structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
-
-
-def enlarged(frame, points):
-    """-> the frame at 256 pixels or more, and its landmarks there."""
-    scale = max(1, SIDE / len(frame))
-    size = round(len(frame) * scale)
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.BICUBIC)), (points + 0.5) * scale - 0.5
-
-
-def landmark_error(frame, points, detect):
-    """The 68 points found again on a frame against the driving ones, in per cent of the distance between the outer eye
-    corners; None where no face is found."""
-    frame, points = enlarged(frame, points)
-    again = detect(frame)
-    if again is None:
-        return None
-    return float(100 * np.linalg.norm(again - points, axis=1).mean() / np.linalg.norm(points[36] - points[45]))
-
-
-def dlib_recognition():
-    """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, of the network in face-recognition-models."""
-    import dlib
-    net = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
-
-    def vector(frame, points):
-        frame, points = enlarged(frame, points)
-        shape = dlib.full_object_detection(dlib.rectangle(0, 0, *frame.shape[:2]), [dlib.point(*p) for p in points.round().astype(int).tolist()])
-        v = np.array(net.compute_face_descriptor(frame, shape))  # aligned by the landmarks
-        return v / np.linalg.norm(v)
-
-    return vector
-
-
-ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)]  # eyes, nose, mouth at 112 pixels
-
-
-def torchscript_recognition(path, device):
-    """-> vector() as above, of an ArcFace-like network: RGB (1, 3, 112, 112) in [-1, 1], aligned -> (1, n)."""
-    from skimage.transform import estimate_transform, warp
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is on its way out; such files are not
-            net = torch.jit.load(path, device).eval()
-        if net(torch.zeros(1, 3, 112, 112, device=device)).ndim != 2:
-            raise ValueError("its result is no vector")
-    except Exception as e:  # torch raises many types on foreign files
-        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) ({type(e).__name__})") from None
-
-    def vector(frame, points):
-        five = [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
-        align = estimate_transform("similarity", np.array(five), np.array(ARCFACE_POINTS))
-        face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True).round().astype(np.uint8)
-        with torch.no_grad():
-            v = net(to_float(torch.from_numpy(face.transpose(2, 0, 1).copy())[None], device))[0].cpu().double().numpy()
-        return v / np.linalg.norm(v)
-
-    return vector
-
-
-def inception(path, device):
-    """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError if the file is not its weights."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # the library would run a pickle's code
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
-    except Exception as e:
-        raise UserError(f"{path} does not hold the weights of FID's network ({type(e).__name__})") from None
-    return lambda images: net(images.to(device))[0].cpu()
-
-
-def fid_statistics(frames, network):
-    """Mean and covariance of the network's features of frames uint8 (S, S, 3), two or more; by torch-fidelity."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-    with torch.no_grad():
-        features = [network(part).double() for part in torch.from_numpy(np.stack(frames)).movedim(-1, 1).split(32)]
-    return fid_features_to_statistics(torch.cat(features))
-
-
-def fid(real, fake):
-    """Frechet inception distance [13] between two results of fid_statistics, by torch-fidelity."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    return fid_statistics_to_metric(real, fake, verbose=False)[KEY_METRIC_FID]
 
 
 # ------------------------------------------------------------------------------------------- the protocol

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import check_paths, faces_in, landmark_detector, run, to_float, to_tensors
+from data import faces_in, to_float, to_tensors
+from faces import landmark_detector
+from files import UserError, check_paths, run
 from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
-from model import UserError, autocast, load_checkpoint, load_networks, save_checkpoint
+from model import autocast, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1

@@ -8,18 +8,19 @@ The result has the driver's frames, time stamps and sound. Memory does not grow 
 landmarks themselves, half a kilobyte a frame.
 """
 import argparse
-import os
-from fractions import Fraction
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Track, check_paths, draw_landmarks, landmark_detector, run, to_float, to_uint8, track_video, warn
+from data import draw_landmarks, to_float, to_uint8
+from faces import landmark_detector
+from files import UserError, check_paths, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
                       save_person)
 from losses import ContentLoss
-from model import UserError, atomic, fast_dtype, load_checkpoint, load_person
+from model import fast_dtype, load_checkpoint, load_person
+from video import load_track, save_track, track_video, write_video
 
 
 def read_driver(path, config, detect):
@@ -53,106 +54,6 @@ def render(G, psi, points, size, source=None):
             left = np.broadcast_to(to_uint8(source), frames.shape)
             frames = np.concatenate([left, drawn, frames], axis=2)                     # (B, S, 3S, 3)
         yield from frames
-
-
-# --------------------------------------------------------------------------------------- files in and out
-
-def save_track(path, track):
-    """Write a track as .npz, by way of a temporary name."""
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **track._asdict())
-
-
-def load_track(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            track = Track(*(file[name] for name in Track._fields))
-        n = len(track.pts)
-        shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
-        if (n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all()
-                or (track.time_base < 1).any() or (np.diff(track.pts) < 1).any()):
-            raise ValueError("its arrays are not those of a track")
-        return track._replace(detector=str(track.detector))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
-        raise UserError(f"{path} is not a landmark track ({e})") from None
-
-
-def write_video(path, frames, pts, time_base, sound_from=None):
-    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name.
-
-    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
-    or encoded anew as AAC where mp4 cannot hold its codec.
-    """
-    import av
-    base = Fraction(*map(int, time_base))
-    shift = -min(0, int(pts[0])) * base     # mp4 hides what comes before 0
-    pts = pts - min(0, pts[0])
-    rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001) if len(pts) > 1 else 25
-    options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
-    with atomic(path) as temporary:
-        try:
-            with av.open(temporary, "w", format="mp4", options=options) as out:
-                stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
-                sound = _sound(sound_from, out, shift) if sound_from else iter(())
-                packet = None
-                for frame, stamp in zip(frames, pts, strict=True):
-                    if packet is None:  # size and format must be set before the first mux
-                        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                        stream.codec_context.time_base = base
-                        packet = next(sound, False)
-                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                    picture.pts, picture.time_base = int(stamp), base
-                    while packet and (packet.pts or 0) * packet.time_base <= stamp * base:  # interleaved: memory stays flat
-                        out.mux(packet)
-                        packet = next(sound, False)
-                    out.mux(stream.encode(picture))
-                out.mux(stream.encode())
-                while packet:
-                    out.mux(packet)
-                    packet = next(sound, False)
-        except av.FFmpegError as e:
-            raise OSError(e.errno, e.strerror or str(e)) from None
-
-
-def _sound(path, out, shift):
-    """Add an audio stream to `out` and return an iterator over its packets, `shift` seconds later; without sound, an empty one."""
-    import av
-    source = av.open(os.fspath(path))
-    if not source.streams.audio:
-        return iter(())
-    audio = source.streams.audio[0]
-    if audio.codec_context is None or not audio.rate:
-        warn(f"{path}: its sound cannot be read, and is left out")
-        return iter(())
-    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
-    stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
-
-    def decoded(packet):
-        try:
-            return packet.decode()
-        except av.InvalidDataError:
-            return []       # a damaged packet: a gap of some milliseconds
-
-    def packets():
-        with source:
-            try:
-                for packet in source.demux(audio):
-                    if not copy:
-                        for frame in decoded(packet):
-                            yield from stream.encode(frame)
-                    elif packet.dts is not None:  # the last one is empty, for flushing
-                        packet.pts, packet.dts = packet.pts + round(shift / packet.time_base), packet.dts + round(shift / packet.time_base)
-                        packet.stream = stream
-                        yield packet
-                if not copy:
-                    yield from stream.encode()
-            except av.FFmpegError as e:
-                warn(f"the sound of {path} ends early ({e.strerror or e})")
-
-    return packets()
 
 
 # -------------------------------------------------------------------------------------------------- command

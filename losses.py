@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import UserError
+from files import UserError
 
 FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 BETAS = (0.0, 0.999)                            # of every Adam; not in the paper; as BigGAN and SAGAN

@@ -8,9 +8,7 @@ Images are float tensors (B, 3, S, S) in [-1, 1]: x is a frame, y its landmarks 
 paper's size E has 15, G 38 and the convolutional part V of D 20 million parameters (Sec. 3.4).
 """
 import math
-import os
 import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,11 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from files import UserError, save_tensors
+
 FORMAT = 1  # of checkpoints; raised whenever an older file can no longer be read
-
-
-class UserError(Exception):
-    """What a user can mend: a wrong file, a missing folder. Scripts print it as one line and leave with code 2."""
 
 
 @dataclass
@@ -313,30 +309,6 @@ class Discriminator(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
-
-@contextmanager
-def atomic(path):
-    """Yield a temporary name to write to, renamed to `path` at the end: it is absent, as it was before, or whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def save_tensors(state, path):
-    """torch.save, atomically."""
-    with atomic(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as e:  # what torch.save makes of a full disk
-            raise OSError(str(e).splitlines()[0]) from None
-
 
 def save_checkpoint(path, kind, config, step=0, **parts):
     """Write a flat dict of tensors and plain values that loads under weights_only=True, atomically.

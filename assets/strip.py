@@ -8,11 +8,13 @@ from PIL import Image
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
-from data import landmark_detector  # noqa: E402  (the project's own modules, from wherever this is run)
+from faces import landmark_detector  # noqa: E402  (the project's own modules, from wherever this is run)
+from files import atomic  # noqa: E402
 from finetune import CHECKPOINT, EPOCHS, default_device, learn_person, load_faces  # noqa: E402
-from infer import load_track, render  # noqa: E402
+from infer import render  # noqa: E402
 from losses import ContentLoss  # noqa: E402
-from model import atomic, load_checkpoint  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+from video import load_track  # noqa: E402
 
 PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), (0, 40, 90, 120, 160, 180), 128
 

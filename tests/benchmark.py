@@ -26,9 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  (the project's own modules, from wherever this is run)
+import faces  # noqa: E402
 import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
+from toy import ToyHeads  # noqa: E402
+import video  # noqa: E402
 from losses import VGG19_LAYERS, VGGFACE_LAYERS, ContentLoss, Features  # noqa: E402
 from model import Config, Discriminator, Embedder, Generator  # noqa: E402
 
@@ -157,16 +160,16 @@ def clip(path, frames, size=512):
     image = Image.open(ROOT / "assets/astronaut.jpg").crop((90, 0, 370, 280)).resize((size + 64, size + 64), Image.BICUBIC)
     image, k = np.asarray(image), np.arange(frames)
     dx, dy = (32 + 24 * np.sin(k / 17)).astype(int), (32 + 16 * np.sin(k / 11)).astype(int)
-    stage3.write_video(str(path), (image[b:b + size, a:a + size] for a, b in zip(dx, dy)), k, (1, 25))
+    video.write_video(str(path), (image[b:b + size, a:a + size] for a, b in zip(dx, dy)), k, (1, 25))
 
 
 def data_():
     """Preparing against decoding plus detection alone, and loading, on one core."""
     torch.set_num_threads(1)
-    detect = data.landmark_detector("dlib")
+    detect = faces.landmark_detector("dlib")
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/a.mp4", 100, 224)
-        alone = lambda: [detect(data.to_rgb(f)) for f in data.read_video(f"{folder}/a.mp4")]
+        alone = lambda: [detect(video.to_rgb(f)) for f in video.read_video(f"{folder}/a.mp4")]
         data._detect = detect
         whole = lambda: data._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", "dlib", 256, 0)
         times = best({"alone": alone, "whole": whole}, 3)
@@ -197,26 +200,26 @@ def infer():
     """infer.py against the sum of its parts; memory against the driver's length. The 64-pixel toy checkpoint."""
     state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
     config = state["config"]
-    detect, S = data.landmark_detector("dlib"), config.image_size
+    detect, S = faces.landmark_detector("dlib"), config.image_size
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/short.mp4", 150), clip(f"{folder}/long.mp4", 1500)
         x, y = stage2.load_faces([ROOT / "assets/astronaut.jpg"], config, detect)
         _, G, psi, source = person = stage2.learn_person(state, x, y, None, 0, DEVICE)
         stage2.save_person(f"{folder}/p.pt", *person)
         frames = [np.zeros((S, S, 3), np.uint8)] * 150
-        track = data.track_video(f"{folder}/short.mp4", detect, "dlib")
+        track = video.track_video(f"{folder}/short.mp4", detect, "dlib")
         points = track.in_crops(S)
         command = [sys.executable, str(ROOT / "infer.py"), "--person", f"{folder}/p.pt", "--out", f"{folder}/o.mp4", "--driver"]
         quiet = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def whole():
-            track = data.track_video(f"{folder}/short.mp4", detect, "dlib")
-            stage3.write_video(f"{folder}/o.mp4", stage3.render(G, psi, track.in_crops(S), S), track.pts, track.time_base)
+            track = video.track_video(f"{folder}/short.mp4", detect, "dlib")
+            video.write_video(f"{folder}/o.mp4", stage3.render(G, psi, track.in_crops(S), S), track.pts, track.time_base)
         times = best({
-            "decoding": lambda: [data.to_rgb(f) for f in data.read_video(f"{folder}/short.mp4")],
-            "detection": lambda frames=[data.to_rgb(f) for f in data.read_video(f"{folder}/short.mp4")]: [detect(f) for f in frames],
+            "decoding": lambda: [video.to_rgb(f) for f in video.read_video(f"{folder}/short.mp4")],
+            "detection": lambda frames=[video.to_rgb(f) for f in video.read_video(f"{folder}/short.mp4")]: [detect(f) for f in frames],
             "G": lambda: list(stage3.render(G, psi, points, S)),
-            "encoding": lambda: stage3.write_video(f"{folder}/o.mp4", frames, np.arange(150), (1, 25)),
+            "encoding": lambda: video.write_video(f"{folder}/o.mp4", frames, np.arange(150), (1, 25)),
             "whole": whole}, 3)
         print(f"infer.py, {S} pixels, driver of 512 pixels")
         for name, seconds in times.items():
@@ -234,7 +237,7 @@ def infer():
 
 def finetune():
     """T = 8, 40 epochs, against 40 bare steps of the same updates; the toy checkpoint."""
-    x, y = (data.to_float(t, DEVICE) for t in data.to_tensors(*data.ToyHeads(1, 64).load(0, lambda n: range(8))))
+    x, y = (data.to_float(t, DEVICE) for t in data.to_tensors(*ToyHeads(1, 64).load(0, lambda n: range(8))))
     state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
     content = ContentLoss("l1").to(DEVICE)
     nets = stage2.load_networks(state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import landmark_detector
+from faces import landmark_detector
 from model import Config, Discriminator, Embedder, Generator, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

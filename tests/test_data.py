@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 import data
-import infer
+import faces
+import video
+from toy import ToyHeads
 from conftest import PHOTO, fail, moving, script, succeed, write_clip
-from model import Config, UserError
+from files import UserError
+from model import Config
 
 
 def test_landmark_groups_and_colours():
@@ -44,25 +47,25 @@ def test_lines_grow_with_the_image(size, rows):
 def test_crop_follows_its_definition(face):
     points = np.zeros((68, 2), np.float32)
     points[36:42], points[42:48], points[[48, 54]] = (100, 90), (140, 90), (120, 130)
-    assert data.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
+    assert faces.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
     box = np.array([120.0, 100.0, 50.0])
-    assert data.to_crop(np.array([[120.0, 100.0], [70.0, 50.0]]), box, 100) == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
+    assert faces.to_crop(np.array([[120.0, 100.0], [70.0, 50.0]]), box, 100) == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
 
 
 def test_a_crop_stays_in_the_picture_where_it_fits():
     image = np.zeros((100, 200, 3), np.uint8)
     edges = lambda box: (box[0] + .5 - box[2], box[0] + .5 + box[2], box[1] + .5 - box[2], box[1] + .5 + box[2])
-    assert edges(data.inside(np.array([100.0, 50.0, 30.0]), image)) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
-    assert edges(data.inside(np.array([10.0, 90.0, 30.0]), image)) == pytest.approx((0, 60, 40, 100))               # moved
-    assert edges(data.inside(np.array([10.0, 90.0, 70.0]), image)) == pytest.approx((0, 140, -20, 120))             # too high: in the middle
+    assert edges(faces.inside(np.array([100.0, 50.0, 30.0]), image)) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
+    assert edges(faces.inside(np.array([10.0, 90.0, 30.0]), image)) == pytest.approx((0, 60, 40, 100))               # moved
+    assert edges(faces.inside(np.array([10.0, 90.0, 70.0]), image)) == pytest.approx((0, 140, -20, 120))             # too high: in the middle
 
 
 def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
     """The detector, asked again, agrees; and the person's right eye is still drawn as the right one."""
-    image = data.read_photo(PHOTO)
+    image = faces.read_photo(PHOTO)
     points = detect(image)
-    box = data.face_box(points)
-    frame, points = data.crop(image, box, 256), data.to_crop(points, box, 256)
+    box = faces.face_box(points)
+    frame, points = faces.crop(image, box, 256), faces.to_crop(points, box, 256)
     eyes = np.linalg.norm(points[36] - points[45])
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -75,7 +78,7 @@ def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
 
 
 def test_how_often_a_sequence_is_drawn():
-    class Videos(data.ToyHeads):
+    class Videos(ToyHeads):
         def count(self, i):
             return (1, 2, 7)[i]
 
@@ -93,16 +96,16 @@ def test_points_stay_on_the_same_pixels_in_the_crop():
     image = np.zeros((120, 160, 3), np.uint8)
     image[61:64, 81:84] = 255                                                   # a dot around (82, 62)
     box = np.array([90.3, 55.7, 40.2])
-    x, y = data.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
-    bright = np.argwhere(data.crop(image, box, 256)[..., 0] > 128).mean(0)
+    x, y = faces.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
+    bright = np.argwhere(faces.crop(image, box, 256)[..., 0] > 128).mean(0)
     assert (y, x) == pytest.approx(tuple(bright), abs=0.6)
 
 
 def test_crop_beyond_the_border_is_reflected():
     image = np.arange(100, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2) * 2
-    out = data.crop(image, np.array([0.0, 50.0, 20.0]), 40)[20, :, 0].astype(int)
+    out = faces.crop(image, np.array([0.0, 50.0, 20.0]), 40)[20, :, 0].astype(int)
     assert abs(out[:19][::-1] - out[20:39]).max() <= 3                           # a mirror, not a streak
-    assert data.crop(image[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
+    assert faces.crop(image[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
 
 
 def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, detect):
@@ -121,8 +124,8 @@ def test_boxes_of_a_video_are_steady():
     face = np.zeros((68, 2))
     face[36:42], face[42:48], face[[48, 54]] = (100, 90), (140, 90), (120, 130)
     points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]  # jitter on a slow walk
-    boxes = data.steady_boxes(points, np.arange(100) / 25)
-    assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(data.face_box(points)[:, 0])).max()
+    boxes = faces.steady_boxes(points, np.arange(100) / 25)
+    assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(faces.face_box(points)[:, 0])).max()
     assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5       # but it follows
 
 
@@ -135,7 +138,7 @@ def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
 
 def picture(path, image, **options):
     image.save(path, **options)
-    return data.read_photo(path)
+    return faces.read_photo(path)
 
 
 def test_photos_of_every_kind(tmp_path):
@@ -156,10 +159,10 @@ def test_photos_of_every_kind(tmp_path):
 def test_video_frames_times_and_sound_survive(tmp_path, clip):
     pts = np.array([0, 512, 1024, 1500, 2600, 2800])
     frames = [np.full((32, 48, 3), 40 * k, np.uint8) for k in range(6)]
-    infer.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
-    back = list(data.read_video(tmp_path / "out.mp4"))
+    video.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
+    back = list(video.read_video(tmp_path / "out.mp4"))
     assert [float(f.pts * f.time_base) for f in back] == pytest.approx((pts / 12800).tolist())
-    assert max(abs(data.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
+    assert max(abs(video.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
     with av.open(str(tmp_path / "out.mp4")) as a, av.open(str(clip)) as b:
         assert a.streams.video[0].codec_context.name == "h264" and a.streams.video[0].codec_context.pix_fmt == "yuv420p"
         sound = [[(p.pts * p.time_base, bytes(p)) for p in c.demux(audio=0) if p.size] for c in (a, b)]
@@ -184,7 +187,7 @@ def write_sound(path, codec, rate=48000, frames=50):
 
 def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
     write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
-    infer.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
+    video.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
@@ -205,7 +208,7 @@ def test_broken_sound_does_not_cost_the_video_nor_the_sound_after_it(tmp_path, c
             rest[k + 30:k + 188] = bytes(158)
     (tmp_path / "all.ts").write_bytes(rest)
     for name in ("some.avi", "all.ts"):
-        infer.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), tmp_path / name)
+        video.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), tmp_path / name)
         with av.open(str(tmp_path / "out.mp4")) as container:
             packets = [p for p in container.demux() if p.size]
             assert sum(p.stream.type == "video" for p in packets) == 50
@@ -225,21 +228,21 @@ def test_rotation_metadata_is_honoured(tmp_path):
     turn = [0, 0x10000, 0, -0x10000 % 2 ** 32, 0, 0, 0, 0, 0x40000000]          # as phones write it: 90 degrees clockwise
     blob[at:at + 36] = b"".join(v.to_bytes(4, "big") for v in turn)
     (tmp_path / "a.mp4").write_bytes(blob)
-    upright = data.to_rgb(next(data.read_video(tmp_path / "a.mp4")))
+    upright = video.to_rgb(next(video.read_video(tmp_path / "a.mp4")))
     assert upright.shape == (64, 32, 3) and upright[:30].min() > 200 and upright[34:].max() < 50
 
 
 def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
-    track = data.track_video(clip, detect, "dlib")
+    track = video.track_video(clip, detect, "dlib")
     assert len(track.pts) == 20 and np.flatnonzero(~track.found).tolist() == [7, 8]
     assert (track.points[7] == track.points[6]).all() and (track.points[8] == track.points[6]).all()
-    infer.save_track(tmp_path / "t.npz", track)
-    back = infer.load_track(tmp_path / "t.npz")
+    video.save_track(tmp_path / "t.npz", track)
+    back = video.load_track(tmp_path / "t.npz")
     assert all(np.array_equal(a, b) for a, b in zip(track, back))
     assert track.seconds()[-1] == pytest.approx((9 * 512 + 10 * 768) / 12800)
-    infer.save_track(tmp_path / "still.npz", track._replace(pts=np.zeros(20, np.int64)))
+    video.save_track(tmp_path / "still.npz", track._replace(pts=np.zeros(20, np.int64)))
     with pytest.raises(UserError, match="is not a landmark track"):
-        infer.load_track(tmp_path / "still.npz")
+        video.load_track(tmp_path / "still.npz")
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
@@ -253,9 +256,9 @@ def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         out.mux(stream.encode())
     blob = path.read_bytes()
-    assert len(list(data.read_video(path))) == 40 and capsys.readouterr().err == ""
+    assert len(list(video.read_video(path))) == 40 and capsys.readouterr().err == ""
     path.write_bytes(blob[:len(blob) // 2])
-    assert 5 < len(list(data.read_video(path))) < 40
+    assert 5 < len(list(video.read_video(path))) < 40
     assert "frames could be read" in capsys.readouterr().err or container == "ts"       # a .ts file does not know its length
 
 
@@ -272,7 +275,7 @@ def test_frames_without_a_time_of_their_own_get_one(tmp_path):
             raw.write(bytes(packet))
     (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
     for name, count in (("raw.h264", 50), ("twice.ts", 100)):
-        times = [float(f.pts * f.time_base) for f in data.read_video(tmp_path / name)]
+        times = [float(f.pts * f.time_base) for f in video.read_video(tmp_path / name)]
         assert len(times) == count and np.diff(times) == pytest.approx(1 / 25, abs=1e-3)
 
 
@@ -280,7 +283,7 @@ def test_nothing_is_averaged_across_a_cut():
     points = np.zeros((50, 68, 2))
     points[:, 36:42], points[:, 42:48], points[:, [48, 54]] = (100, 90), (140, 90), (120, 130)
     points[25:] += 300
-    assert data.steady_boxes(points, np.arange(50) / 25)[:, 0] == pytest.approx([120] * 25 + [420] * 25)
+    assert faces.steady_boxes(points, np.arange(50) / 25)[:, 0] == pytest.approx([120] * 25 + [420] * 25)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +331,7 @@ def test_max_frames_are_spread_evenly(clip, detect):
 
 
 def test_prepared_frames_and_landmarks_belong_together(tmp_path):
-    toy, jpegs = data.ToyHeads(1, 128), []
+    toy, jpegs = ToyHeads(1, 128), []
     pairs = [toy.draw(0, t) for t in range(3)]
     for frame, _ in pairs:
         buffer = io.BytesIO()
@@ -369,7 +372,7 @@ def test_the_target_is_never_among_the_K():
 
 
 def test_episodes_are_a_pure_function_and_ranks_share_no_row():
-    toy = data.ToyHeads(7, 64)
+    toy = ToyHeads(7, 64)
     a, b = data.Episodes(toy, 2, 4, seed=3), data.Episodes(toy, 2, 4, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(a[9][1:], b[9][1:])) and a[9][0] == b[9][0]
     assert not torch.equal(a[9][1], data.Episodes(toy, 2, 4, seed=4)[9][1])
@@ -381,14 +384,14 @@ def test_episodes_are_a_pure_function_and_ranks_share_no_row():
 
 
 def test_loader_workers_do_not_change_the_data():
-    episodes = data.Episodes(data.ToyHeads(5, 64), 2, 2)
+    episodes = data.Episodes(ToyHeads(5, 64), 2, 2)
     loaders = [torch.utils.data.DataLoader(episodes, 2, sampler=range(4, 12), num_workers=n) for n in (0, 2)]
     for one, two in zip(*loaders):
         assert all(torch.equal(p, q) for p, q in zip(one, two))
 
 
 def test_toy_heads_have_faces_where_their_landmarks_say(detect):
-    toy, found = data.ToyHeads(12, 256), []
+    toy, found = ToyHeads(12, 256), []
     for i in range(12):
         frame, points = toy.draw(i, 0)
         q = detect(frame)
@@ -425,7 +428,7 @@ def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(sfd_detector.models_urls, "s3fd", (tmp_path / "net-0123456789.pth").as_uri())
     with pytest.raises(UserError, match="invalid hash value"):
-        data.landmark_detector("fan")
+        faces.landmark_detector("fan")
     assert not list((tmp_path / "home/hub/checkpoints").iterdir())
 
 

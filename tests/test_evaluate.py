@@ -12,8 +12,10 @@ from PIL import Image
 
 import evaluate
 from conftest import PHOTO, ROOT, fail, networks, succeed
-from data import ToyHeads, face_box, crop, read_photo, to_crop
-from model import save_checkpoint, save_tensors
+from faces import crop, face_box, read_photo, to_crop
+from files import save_tensors
+from model import save_checkpoint
+from toy import ToyHeads
 
 LFW = ROOT.parent / "shared/data/lfw"
 
@@ -121,7 +123,7 @@ def test_learning_and_holdout_frames_never_overlap():
 
 
 def test_short_videos_are_named_and_left_out(capsys):
-    from model import UserError
+    from files import UserError
     protocol = evaluate.draw_protocol(Folder(long=40, short=39), [8], 32, 50, 0)
     assert list(protocol) == ["long"] and "short" in capsys.readouterr().err
     with pytest.raises(UserError, match="--holdout"):

@@ -23,8 +23,11 @@ import torch
 from PIL import Image
 
 from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succeed, tensors, torchrun, write_clip
-from data import Episodes, PreparedVideos, prepare, read_photo, read_video
-from model import Config, UserError, load_checkpoint
+from data import Episodes, PreparedVideos, prepare
+from faces import read_photo
+from files import UserError
+from model import Config, load_checkpoint
+from video import read_video
 
 TRACK = ROOT / "assets" / "speech.npz"
 
@@ -143,14 +146,14 @@ def two_ranks(folder, out, change, *flags):
     (folder / "program.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py"] + {TINY_FLAGS!r} + ["--steps", "8", "--save-every", "2", "--out", {out!r}]
-import data, meta_train
+import files, meta_train
 keep = meta_train.check_finite
 def check(values, weights, step, *rest):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     {change}
     keep(values, weights, step, *rest)
 meta_train.check_finite = check
-data.run(meta_train.main)
+files.run(meta_train.main)
 """)
     return torchrun(*flags, "program.py", cwd=folder)
 
@@ -291,7 +294,7 @@ def test_odd_videos(tmp_path, face, capsys):
         for _ in range(3):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(face[:121, :161].copy(), format="rgb24")))
         out.mux(stream.encode())
-    from data import to_rgb
+    from video import to_rgb
     assert [to_rgb(f).shape for f in read_video(tmp_path / "deep.mkv")] == [(121, 161, 3)] * 3
     parts = []                                                                  # the resolution changes in the middle
     for k, size in enumerate(((160, 120), (320, 240))):
@@ -318,10 +321,12 @@ import os, random, resource, signal, sys, time
 sys.path[:0] = [%(root)r, %(tests)r]
 import numpy as np, torch
 from pathlib import Path
-from data import faces_in, landmark_detector, track_video, PreparedVideos
-from infer import load_track
+from data import faces_in, PreparedVideos
+from faces import landmark_detector
+from files import UserError
+from video import load_track, track_video
 from losses import read_matconvnet
-from model import Config, UserError, load_checkpoint, load_networks
+from model import Config, load_checkpoint, load_networks
 torch.set_num_threads(1)
 detect = landmark_detector("dlib")
 read = {
@@ -379,7 +384,7 @@ def test_fuzz(slow, tmp_path, face, checkpoint):
 MEMORY = """
 import os, sys, time, threading
 sys.path.insert(0, %r)
-import data
+import files
 sys.argv = sys.argv[1:]
 import importlib
 stage = importlib.import_module(sys.argv[0][:-3])
@@ -391,7 +396,7 @@ def watch():
             print(time.time(), resident, int(writing), file=file, flush=True)
             time.sleep(0.1)
 threading.Thread(target=watch, daemon=True).start()
-data.run(stage.main)
+files.run(stage.main)
 """
 
 

@@ -7,7 +7,7 @@ from torchvision.models.vgg import cfgs
 
 from conftest import ROOT, networks
 from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
-from model import UserError
+from files import UserError
 
 
 def test_hinge_and_adversarial_by_hand():

@@ -7,7 +7,8 @@ from torch.nn.utils import parametrize
 
 import model
 from conftest import networks
-from model import AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, UserError, adain, load_checkpoint
+from files import UserError
+from model import AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain, load_checkpoint
 
 
 def millions(module):

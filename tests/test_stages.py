@@ -14,11 +14,12 @@ import torch
 import finetune as stage2
 import meta_train
 from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, same, script, succeed, tensors, torchrun
-from data import ToyHeads, read_video, to_float, to_rgb, to_tensors
+from data import to_float, to_tensors
 from finetune import embed, finetune
-from infer import load_track
 from losses import ContentLoss
 from model import load_checkpoint, load_person
+from toy import ToyHeads
+from video import load_track, read_video, to_rgb
 
 
 def train(monkeypatch, out, *flags):
