@@ -56,6 +56,8 @@ def parse():
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
+    add("--face", type=float, default=0.0, metavar="WEIGHT", help="of dlib's recognition network in the content loss, "
+        "which stands in for VGGFace and needs no download, e.g. 3 (0: without it)")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="checkpoints hold a moving average of E and G, e.g. 0.999 (0: none)")
     add("--by-frames", action="store_true", help="draw sequences in proportion to their frames: folders of few photos less often")
     add("--augment", action="store_true", help="recolour episodes and mirror half of them")
@@ -78,6 +80,9 @@ def parse():
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
+    for name in ("face",):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: 0 or more is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -299,7 +304,7 @@ def main():
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
-                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills)
+                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills, args.face)
     episodes = Episodes(videos, args.K, slots, args.seed, rank, world, config)
     examples = Episodes(unseen, args.K, 8, args.seed + 1)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}
@@ -310,7 +315,7 @@ def main():
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
-    content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
+    content = ContentLoss(args.content, args.vgg19, args.vggface, args.face).to(device)
     if world > 1:
         join("nccl" if device.type == "cuda" else "gloo", rank, world)
     start, ckpt, state = newest(args.out, config, run_id, rank, world, device)

@@ -44,6 +44,7 @@ class Config:
     augment: bool = False       # episodes recoloured, half of them mirrored
     psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
+    face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
     adain_clamp: float = 0.0    # a trained G may cut what AdaIN has normalised at +- this many deviations; 0: it does not
 
     def __post_init__(self):
