@@ -18,7 +18,7 @@ from torch import nn
 from data import dlib_model
 from model import UserError
 
-FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
+FM_WEIGHT = 10.0                                # Sec. 3.4
 BETAS = (0.0, 0.999)                            # of every Adam; not in the paper; as BigGAN and SAGAN
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 VGG19_LAYERS, VGGFACE_LAYERS = (1, 6, 11, 20, 29), (1, 6, 11, 18, 25)  # relu1_1 ... relu5_1 of torchvision's `features`
