@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import PreparedVideos, to_float, to_tensors, to_uint8
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, run, warn
-from finetune import CHECKPOINT, EPOCHS, add_content_flags, default_device, embed, finetune, load_for_finetuning
-from losses import ContentLoss
+from finetune import CHECKPOINT, EPOCHS, add_content_flags, content_loss, default_device, embed, finetune, load_for_finetuning
+from losses import FACE_WEIGHT, ContentLoss
 from metrics import dlib_recognition, fid, fid_statistics, inception, landmark_error, ssim, torchscript_recognition
 from model import autocast, fast_dtype, load_checkpoint, load_networks
 from toy import ToyHeads
@@ -379,7 +379,7 @@ def main():
     data = ToyHeads(args.videos, config.image_size, first=1000) if args.toy else PreparedVideos(args.data, config.image_size)
     if data.detector != config.landmarks:
         raise UserError(f"{args.data} was prepared with {data.detector} landmarks, {args.checkpoint} trained with {config.landmarks}")
-    content = ContentLoss(args.content or config.content, args.vgg19, args.vggface).to(device)
+    content = content_loss(args, config, face=0.0 if args.toy else FACE_WEIGHT).to(device)
     if args.timing:
         x, y = to_tensors(*data.load(0, lambda count: range(min(count, max(args.shots)))))
         print(timing(state, content, to_float(x, device), to_float(y, device), args.shots, device))

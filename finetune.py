@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import faces_in, to_float, to_tensors
 from faces import landmark_detector
 from files import UserError, check_paths, run
-from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
+from losses import BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from model import autocast, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
@@ -96,6 +96,11 @@ def add_content_flags(parser):
     parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
 
 
+def content_loss(args, config, face=FACE_WEIGHT):
+    """The content loss that these flags name; dlib's network stands in for VGGFace where --vggface is not given."""
+    return ContentLoss(args.content or config.content, args.vgg19, args.vggface, face)
+
+
 def load_for_finetuning(path, device, random=None):
     """A meta checkpoint that may be fine-tuned: UserError for the FF variant, except with a random w' (A.2)."""
     state = load_checkpoint(path, device)
@@ -144,7 +149,7 @@ def main():
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
     x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
-    content = ContentLoss(args.content or config.content, args.vgg19, args.vggface)
+    content = content_loss(args, config)
     person = learn_person(state, x, y, content, args.epochs, device, adversarial=not args.no_adversarial, random=args.random)
     save_person(args.out, *person)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from data import draw_landmarks, to_float, to_uint8
 from faces import landmark_detector
 from files import UserError, check_paths, run, warn
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, learn_person, load_faces, load_for_finetuning,
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, default_device, learn_person, load_faces, load_for_finetuning,
                       save_person)
-from losses import ContentLoss
 from model import fast_dtype, load_checkpoint, load_person
 from video import load_track, save_track, track_video, write_video
 
@@ -88,7 +87,7 @@ def main():
     detect = None if args.person and is_track else landmark_detector(config.landmarks)
     if args.photo:
         x, y = load_faces(args.photo, config, detect)
-        content = None if args.feed_forward else ContentLoss(args.content or config.content, args.vgg19, args.vggface)
+        content = None if args.feed_forward else content_loss(args, config)
     track = read_driver(args.driver, config, detect)
     if args.save_track:
         save_track(args.save_track, track)

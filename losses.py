@@ -10,17 +10,20 @@ import urllib.error
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from faces import dlib_model
 from files import UserError
 
-FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
+FM_WEIGHT = 10.0                                # Sec. 3.4
 BETAS = (0.0, 0.999)                            # of every Adam; not in the paper; as BigGAN and SAGAN
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 VGG19_LAYERS, VGGFACE_LAYERS = (1, 6, 11, 20, 29), (1, 6, 11, 18, 25)  # relu1_1 ... relu5_1 of torchvision's `features`
 SQUEEZE_LAYERS, SQUEEZE_WEIGHT = (1, 4, 7, 9, 10, 11, 12), 0.2  # ours: the layers of LPIPS
+FACE_WEIGHT, FACE_LAYERS = 10.0, (3, 7, 10, 13, 14)  # ours: in fine-tuning; the last blocks of 32, 64, 128 and 256 channels
 PIXEL_WEIGHT = {"squeeze": 40.0, "l1": 100.0}  # ours: pixel L1, weighted to weigh what the paper's term does beside L_MCH
 
 
@@ -60,21 +63,23 @@ class ContentLoss(nn.Module):
     kind "vgg":     VGG19 and VGGFace (Sec. 3.4) from MatConvNet files `vgg19` and `vggface`. Without the first,
                     torchvision's VGG19 (a download); without the second, that term is left out and a warning said.
     kind "squeeze": SqueezeNet 1.1 (a download of 5 MB) and L1 on pixels.      kind "l1": L1 on pixels alone.
+    face: the weight of the term that stands in for VGGFace's, which needs no download; it is for where `vggface` is not.
     UserError where a file or a download cannot be had.
     """
 
-    def __init__(self, kind, vgg19=None, vggface=None):
+    def __init__(self, kind, vgg19=None, vggface=None, face=0.0):
         super().__init__()
         self.kind, self.terms = kind, nn.ModuleList()
         if kind == "vgg":
             self.terms.append(caffe_features(vgg19, "E", VGG19_LAYERS, VGG19_WEIGHT) if vgg19 else torchvision_vgg19())
             if vggface:
                 self.terms.append(caffe_features(vggface, "D", VGGFACE_LAYERS, VGGFACE_WEIGHT))
-            else:
+            elif not face:
                 print("warning: no --vggface FILE, so the content loss lacks its VGGFace term and identity will suffer; "
                       "the file is vgg-face.mat, published by MatConvNet", file=sys.stderr)
         elif kind == "squeeze":
             self.terms.append(torchvision_squeezenet())
+        self.face, self.face_weight = FaceFeatures() if face and not vggface else None, face
         self.requires_grad_(False).eval()
 
     def forward(self, x_hat, x):                                                # (B, 3, S, S) twice
@@ -83,6 +88,11 @@ class ContentLoss(nn.Module):
             with torch.no_grad():
                 target = term(x)
             loss = loss + term.weight * sum(l1(f, t) for f, t in zip(term(x_hat), target))
+        if self.face:
+            with torch.no_grad():
+                target = self.face(x)
+            relative = [l1(f, t) / t.abs().mean(dtype=torch.float32) for f, t in zip(self.face(x_hat), target)]
+            loss = loss + self.face_weight * sum(relative)
         return loss
 
 
@@ -105,6 +115,67 @@ class Features(nn.Module):
             if k in self.layers:
                 features.append(h)                                              # (B, C_k, S_k, S_k)
         return features
+
+
+class FaceFeatures(nn.Module):
+    """dlib's recognition network, which knows identity where VGGFace cannot be had: public domain, no download.
+
+    A ResNet of 29 convolutions; face-recognition-models holds it as a C++ program wrote it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        read = DlibTensors(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
+        self.stem = read.conv(3, 32, 7, stride=2)
+        widths = [32, 32, 32, 32, 64, 64, 64, 64, 128, 128, 128, 256, 256, 256, 256]
+        strides = [1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 2]
+        self.blocks = nn.ModuleList(nn.Sequential(read.conv(a, b, 3, stride), nn.ReLU(), read.conv(b, b, 3))
+                                    for a, b, stride in zip(widths, widths[1:], strides))
+        self.register_buffer("matrix", read.tensor(256, 128))
+        self.register_buffer("mean", torch.tensor([122.782, 117.001, 104.298]).view(1, 3, 1, 1))
+
+    def forward(self, x):                                                       # (B, 3, S, S) in [-1, 1]
+        """Looks at the middle three quarters, about what dlib's own alignment keeps, at the size that it was trained on."""
+        a, b = x.shape[-1] // 8, x.shape[-1] - x.shape[-1] // 8
+        return self.activations(F.interpolate(x[..., a:b, a:b], size=(150, 150), mode="bilinear", antialias=True))
+
+    def activations(self, x):                                                   # (B, 3, 150, 150) in [-1, 1], RGB
+        h = F.relu(self.stem(((x + 1) * 127.5 - self.mean) / 256))              # (B, 32, 72, 72)
+        features = [h := F.max_pool2d(h, 3, 2)]                                 # (B, 32, 35, 35)
+        for block in self.blocks:
+            skip, h = h, block(h)                                               # (B, C, H, W): ... (B, 256, 3, 3)
+            if h.shape != skip.shape:  # dlib pools the skip and fills up with zeros, whichever of the two is smaller
+                skip = F.avg_pool2d(skip, 2)
+                c, H, W = (max(pair) for pair in zip(h.shape[1:], skip.shape[1:]))
+                h, skip = (F.pad(t, (0, W - t.shape[3], 0, H - t.shape[2], 0, c - t.shape[1])) for t in (h, skip))
+            features.append(h := F.relu(h + skip))
+        return [features[k] for k in FACE_LAYERS] + [h.mean((2, 3)) @ self.matrix]      # ..., (B, 128)
+
+
+class DlibTensors:
+    """The tensors of a network that dlib serialised, in their order: found by their sizes, which stand before them."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            self.bytes, self.position = file.read(), 0
+
+    def tensor(self, *shape):
+        """Version 2, four sizes (each as its length in bytes, then its bytes), float32s. All but a matrix are stored flat."""
+        number = lambda n: bytes([size := (n.bit_length() + 7) // 8]) + n.to_bytes(size, "little")
+        sizes = shape if len(shape) == 2 else (int(np.prod(shape)), 1)
+        header = b"\1\2" + b"".join(map(number, (*sizes, 1, 1)))
+        start = self.bytes.index(header, self.position) + len(header)
+        self.position = start + 4 * int(np.prod(shape))
+        return torch.from_numpy(np.frombuffer(self.bytes[start:self.position], "<f4").copy()).view(shape)
+
+    def conv(self, c_in, c_out, size, stride=1):
+        """A convolution and the affine layer behind it, the rest of a batch norm, in one."""
+        both = self.tensor(c_out * (c_in * size * size + 1))
+        scale, shift = self.tensor(2 * c_out).chunk(2)
+        conv = nn.Conv2d(c_in, c_out, size, stride, padding=size // 2 if stride == 1 else 0)
+        conv.weight.data = both[:-c_out].view(c_out, c_in, size, size) * scale[:, None, None, None]
+        conv.bias.data = both[-c_out:] * scale + shift
+        return conv
 
 
 def read_matconvnet(path):

@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
-from data import Episodes, PreparedVideos, to_float, to_uint8
+from data import Episodes, PreparedVideos, to_float, to_tensors, to_uint8
 from files import UserError, atomic, check_paths, run
-from losses import (BETAS, FM_WEIGHT, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
-from model import Config, Discriminator, Embedder, Generator, autocast
+from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss)
+from model import Config, Discriminator, Embedder, Generator, autocast, load_checkpoint
 from resume import Log, any_rank, check_finite, checkpoints, clear, join, newest, on_signal, save, worker_signals
 from toy import ToyHeads
 
@@ -55,12 +57,16 @@ def parse():
     add("--content", choices=("vgg", "squeeze", "l1"), default="vgg", help="the content loss; the last two for small machines")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, the paper's Caffe weights")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
+    add("--face", type=float, default=0.0, metavar="WEIGHT", help="of dlib's recognition network in the content loss, "
+        "which stands in for VGGFace and needs no download, e.g. 3 (0: without it)")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="checkpoints hold a moving average of E and G, e.g. 0.999 (0: none)")
     add("--by-frames", action="store_true", help="draw sequences in proportion to their frames: folders of few photos less often")
     add("--augment", action="store_true", help="recolour episodes and mirror half of them")
     add("--stills", type=float, default=0.0, metavar="SHARE", help="of the episodes that are made of one frame, warped K + 1 times (0)")
     add("--psi-gain", type=float, default=1.0, help="psi_hat = gain * P e_hat (1)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
+    add("--match-weight", type=float, default=10.0, metavar="WEIGHT", help="of the match loss (10; the authors' later code: 0.01)")
+    add("--grow-from", metavar="FILE", help="start from a step-N.pt of half the size (and half of --min-channels), or of the same")
     add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0, help="of the networks and the data (0)")
@@ -71,12 +77,15 @@ def parse():
         args.steps = TOY_STEPS
     if args.epochs is None:
         args.epochs = 150 if args.no_match else 75
-    check_paths([args.vgg19, args.vggface])
+    check_paths([args.vgg19, args.vggface, args.grow_from])
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more is needed")
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
+    for name in ("face", "match_weight"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: 0 or more is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -112,7 +121,74 @@ def make_optimizers(E, G, D, config):
             torch.optim.SparseAdam([D.W], config.lr_d, BETAS)]  # touches the rows of a batch, not 145 k of them
 
 
-def train_step(E, G, D, content, optimizers, row, x, y, match=True):
+def see_through(blocks, old, name, c):
+    """Let the second block see what it saw as the first one: the new block's first c channels are its input, halved, plus 1.
+
+    That is 0 or more, so that the ReLU which the second block now begins with lets all of it through. The new block's other
+    channels are fresh, and read by nobody yet.
+    """
+    outer, inner = blocks[0], blocks[1]
+    raw = lambda conv: conv.parametrizations.weight.original
+    raw(outer.conv2)[:c] = outer.conv2.bias[:c] = 0
+    raw(outer.skip)[:] *= 0.1  # so that the identity has the largest singular value
+    raw(outer.skip)[:c] = torch.eye(c)[..., None, None]
+    outer.skip.bias[:c] = 1
+    for conv, key in ((inner.conv1, f"{name}.conv1."), (inner.skip, f"{name}.skip.")):
+        weight, u, v = (old[f"{key}parametrizations.weight.{part}"].float() for part in ("original", "0._u", "0._v"))
+        raw(conv)[:] = 0
+        raw(conv)[:, :c] = weight
+        normalised = weight / (u @ weight.flatten(1) @ v)
+        conv.bias.copy_(old[f"{key}bias"] - normalised.sum((1, 2, 3)))
+    for conv in (outer.conv2, outer.skip, inner.conv1, inner.skip):  # the power iteration starts anew
+        conv.parametrizations.weight[0]._power_method(raw(conv).flatten(1), 30)
+    if not isinstance(inner.norm1, nn.Identity):  # landmarks: lines on black, -1 + 0.04 on average, with a deviation of 0.25
+        inner.norm1.weight[:c], inner.norm1.bias[:c] = 0.25, 0.04
+
+
+@torch.no_grad()
+def grow(E, G, D, path, image_size):
+    """Start from a checkpoint of half the size, or of the same size: what fits is copied, the new outer blocks stay fresh.
+
+    min_channels is half as large then, so that inner blocks are as wide as they were; they are numbered from the outside.
+    W is left alone: its rows belong to other videos. UserError where the inner widths differ.
+    """
+    state = load_checkpoint(path)
+    shift = image_size.bit_length() - state["config"].image_size.bit_length()
+    if shift not in (0, 1):
+        raise UserError(f"--grow-from {path}: made for {state['config'].image_size} pixels; {image_size} or half of it is needed")
+    outer = lambda m: f"{m[1]}.{int(m[2]) + shift}."
+    old = {re.sub(r"^(E\.net\.blocks|V\.blocks|G\.down)\.(\d+)\.", outer, k): v for k, v in state.items() if torch.is_tensor(v)}
+    copied = 0
+    for name, net in (("E.", E), ("G.", G), ("V.", D.V)):
+        for key, new in net.state_dict(prefix=name).items():
+            if key.startswith("G.P.") and key in old and new.ndim and new.shape != old[key].shape and new.shape[1:] == old[key].shape[1:]:
+                old[key] = torch.cat([old[key], old[key].new_zeros(len(new) - len(old[key]), *new.shape[1:])])  # the new layers' psi_hat
+            if key in old and old[key].shape == new.shape:
+                copied += new.numel()
+                new.copy_(old[key])  # state_dict's tensors are the parameters themselves
+    for key, new in (("w0", D.w0), ("b", D.b)):
+        if old[key].shape != new.shape:
+            raise UserError(f"--grow-from {path}: its embeddings have {len(old['w0'])} numbers, not {D.w0.numel()}")
+        new.copy_(old[key])
+    if shift:
+        see_through(E.net.blocks, old, "E.net.blocks.1", 6), see_through(D.V.blocks, old, "V.blocks.1", 6), see_through(G.down, old, "G.down.1", 3)
+    print(f"{copied / 1e6:.1f} million numbers of the networks are from {path}")
+
+
+@torch.no_grad()
+def embed_rows(E, D, videos, own, device):
+    """W_i = the mean of E on two frames of video i: where E is not fresh, this is where L_MCH wants to go. own: the rank's videos."""
+    E.eval()
+    for row, i in enumerate(own):
+        try:
+            x, y = (to_float(part, device) for part in to_tensors(*videos.load(i, lambda count: [0, count // 2])))
+        except UserError:
+            continue  # a damaged file: Episodes warns
+        D.W[row] = E(x, y).mean(0)
+    E.train()
+
+
+def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
     """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first. Returns what is logged."""
     optimizer_EG, optimizer_D, optimizer_W = optimizers
     x_t, y_t, x_s, y_s = x[:, 0], y[:, 0], x[:, 1:], y[:, 1:]           # (B, 3, S, S), (B, K, 3, S, S)
@@ -129,8 +205,8 @@ def train_step(E, G, D, content, optimizers, row, x, y, match=True):
         cnt = content(x_hat, x_t)
         adv = adversarial_loss(fake_score)
         fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
-        mch = MATCH_WEIGHT * match_loss(e, w_i)
-    loss = cnt + adv + fm + (mch if match else 0)
+        mch = match_loss(e, w_i)
+    loss = cnt + adv + fm + match_weight * mch
     optimizer_EG.zero_grad()
     loss.backward()
     optimizer_EG.step()
@@ -168,7 +244,7 @@ def main():
     unseen = ToyHeads(8, args.image_size, first=1000) if args.toy else videos  # the grid of --toy shows unseen heads
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     config = Config(args.image_size, args.min_channels, args.max_channels, len(videos), videos.detector, args.content,
-                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills)
+                    not args.no_match, args.K, args.lr, args.lr_d, args.ema, args.by_frames, args.augment, args.psi_gain, args.stills, args.match_weight, args.face)
     episodes = Episodes(videos, args.K, slots, args.seed, rank, world, config)
     examples = Episodes(unseen, args.K, 8, args.seed + 1)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": videos.name}
@@ -179,7 +255,7 @@ def main():
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
-    content = ContentLoss(args.content, args.vgg19, args.vggface).to(device)
+    content = ContentLoss(args.content, args.vgg19, args.vggface, args.face).to(device)
     if world > 1:
         join("nccl" if device.type == "cuda" else "gloo", rank, world)
     start, ckpt, state = newest(args.out, config, run_id, rank, world, device)
@@ -193,6 +269,9 @@ def main():
     E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
     D = Discriminator(replace(config, num_videos=episodes.rows)).to(**layout)
     torch.manual_seed(args.seed + 1 + rank) # ... and only then do the ranks part
+    if args.grow_from and not start:
+        grow(E, G, D, args.grow_from, args.image_size)
+        embed_rows(E, D, videos, range(rank, len(videos), world), device)
     optimizers = make_optimizers(E, G, D, config)
     if start:
         E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
@@ -221,7 +300,7 @@ def main():
         row, x, y = next(loader)                                        # (B,), (B, K+1, 3, S, S) uint8 twice
         waited = time.time() - waiting
         row, x, y = row.to(device), to_float(x, device), to_float(y, device)
-        values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match)
+        values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, config.match_weight if config.match else 0.0)
         if config.ema:
             follow(averages, (E, G), min(config.ema, step / (step + 10)))       # the start is forgotten sooner
         stopping = any_rank([bool(signals)], world, device)[0]

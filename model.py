@@ -40,6 +40,8 @@ class Config:
     augment: bool = False       # episodes recoloured, half of them mirrored
     psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped differently K + 1 times
+    match_weight: float = 10.0  # of L_MCH
+    face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
     adain_clamp: float = 0.0    # a trained G may cut what AdaIN has normalised at +- this many deviations; 0: it does not
 
     def __post_init__(self):
@@ -242,15 +244,17 @@ class Generator(nn.Module):
         bottom = size >> len(self.down)
         self.attention_down_after = int(math.log2(size // 32))                  # at 32x32 in the encoder
         self.attention_down = SelfAttention(down[self.attention_down_after])
-        self.attention_up_after = int(math.log2(min(64, size // 2) // bottom))  # at 64x64 in the decoder
+        self.attention_up_after = int(math.log2(min(64, max(32, size // 4)) // bottom))  # at 64x64 in the decoder
         self.attention_up = SelfAttention(up[self.attention_up_after])
 
         self.psi_sizes = [n for b in [*self.bottleneck, *self.up] for n in b.psi_sizes] + [2 * up[-1]]
-        # One linear layer for every gamma and beta (A.4). A matrix, as in psi_hat = P e_hat: so without a bias.
-        self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes), bias=False)), cfg.psi_gain
+        # One linear layer for every gamma and beta (A.4). With a bias, as a linear layer has: without one P's norm, which is 1,
+        # goes into what all people have in common.
+        self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes))), cfg.psi_gain
+        nn.init.zeros_(self.P.bias)
 
     def project(self, e):
-        """psi_hat = P e_hat: (B, N) -> (B, |psi|), the person-specific parameters (Sec. 3.1)."""
+        """psi_hat = P e_hat + a bias: (B, N) -> (B, |psi|), the person-specific parameters (Sec. 3.1)."""
         return self.gain * self.P(e)
 
     def render(self, y, psi):
@@ -293,8 +297,9 @@ class Discriminator(nn.Module):
         super().__init__()
         N = cfg.max_channels
         self.V = ConvNet(cfg, last_block=True)
-        # Of the embeddings' sign and size at the start: around zero, L_MCH pulls every e below the ReLU, where it dies.
-        self.W = nn.Parameter(torch.rand(cfg.num_videos, N))
+        # Of the embeddings' sign and size at the start: around zero, L_MCH pulls every e below the ReLU, where it dies. And of
+        # little spread: a row moves slowly, and what it starts with is noise to L_MCH.
+        self.W = nn.Parameter(torch.empty(cfg.num_videos, N).uniform_(0.4, 0.6))
         self.w0 = nn.Parameter(torch.empty(N).uniform_(-1 / math.sqrt(N), 1 / math.sqrt(N)))
         self.b = nn.Parameter(torch.zeros(()))
 
@@ -343,6 +348,8 @@ def load_checkpoint(path, device="cpu", kind="meta"):
         state["config"] = Config(**state["config"])
     except TypeError as e:
         raise UserError(f"{path} has a config that this code does not know: {e}") from None
+    if "G.P.parametrizations.weight.original" in state:     # of before P had a bias
+        state.setdefault("G.P.bias", torch.zeros(len(state["G.P.parametrizations.weight.original"]), device=device))
     return state
 
 

@@ -124,7 +124,7 @@ def step():
     for batch in (1, 6):
         x, y = torch.rand(2, batch, 9, 3, 256, 256, device=DEVICE) * 2 - 1
         index = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-        one = lambda: meta_train.train_step(E, G, D, content, optimizers, index, x, y)
+        one = lambda: meta_train.train_step(E, G, D, content, optimizers, index, x, y, 10.0)
         for kind in ("float32", "bfloat16"):
             meta_train.autocast = lambda device, on=kind == "bfloat16": torch.autocast(device.type, torch.bfloat16, enabled=on)
             work = flops(one) + 3 * batch * upconv_saves(G)     # forward, and backward to inputs and weights

@@ -1,11 +1,14 @@
 """losses.py against numbers worked out by hand, and MatConvNet files that the tests write themselves."""
+import dlib
 import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
 from torchvision.models.vgg import cfgs
 
-from conftest import ROOT, networks
+from conftest import PHOTO, ROOT, networks
+from data import to_float
+from faces import dlib_model, landmark_detector, read_photo
 from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
 from files import UserError
 
@@ -124,6 +127,23 @@ def test_content_loss_trains_the_picture_and_nothing_else():
 def test_without_vggface_it_says_what_is_lost(files, capsys):
     assert len(ContentLoss("vgg", files[0]).terms) == 1
     assert "VGGFace" in capsys.readouterr().err
+
+
+def test_face_features_are_dlibs():
+    """The embedding against dlib's own, of an aligned face; the term is the sum of relative differences."""
+    photo, detect = read_photo(PHOTO), landmark_detector("dlib")
+    shape = dlib.full_object_detection(dlib.rectangle(0, 0, *photo.shape[1::-1]), [dlib.point(*p) for p in detect(photo).astype(int).tolist()])
+    chip = dlib.get_face_chip(photo, shape, 150, 0.25)
+    want = np.array(dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat")).compute_face_descriptor(chip))
+    x = to_float(torch.from_numpy(chip.transpose(2, 0, 1).copy())[None])
+    loss = ContentLoss("l1", face=2.0)
+    assert np.allclose(loss.face.activations(x)[-1][0].numpy(), want, atol=1e-5)
+    x_hat = torch.zeros_like(x).requires_grad_()
+    relative = sum(((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(loss.face(x_hat), loss.face(x)))
+    value = loss(x_hat, x)
+    assert value.item() == pytest.approx(100 * x.abs().mean().item() + 2 * relative, rel=1e-4) and loss(x, x).item() == 0
+    value.backward()
+    assert x_hat.grad[..., 19:-19, 19:-19].abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
 
 
 def test_files_that_are_no_such_networks(files, tmp_path):
