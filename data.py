@@ -9,7 +9,6 @@ A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,),
 "image_size", "detector"}.
 Running it again goes on where it stopped.
 """
-import argparse
 import hashlib
 import io
 import os
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from faces import crop, face_box, inside, landmark_detector, read_photo, steady_boxes, to_crop
-from files import UserError, run, save_tensors, warn
+from files import UserError, make_parser, run, save_tensors, warn
 from model import Config
 from video import count_frames, read_video, to_rgb, track_video
 
@@ -344,7 +343,7 @@ def prepare(videos, out, kind, size, max_frames, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--videos", default="videos", metavar="DIR", help="videos, or folders of frames or photos (default: videos)")
     parser.add_argument("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
     parser.add_argument("--landmarks", choices=("fan", "dlib"), default="fan", help="the detector (default: fan, the paper's)")

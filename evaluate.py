@@ -11,7 +11,6 @@ prepared folder with train/NAME and test/NAME keeps that split; otherwise both p
 and never overlap. Writes to --out: protocol.json (who, which frames), a folder per video (a strip of frames per method,
 scores.csv), scores.csv with every frame of every video, table.md and figure.png. A stopped run goes on where it was.
 """
-import argparse
 import base64
 import csv
 import hashlib
@@ -31,11 +30,12 @@ from tqdm import tqdm
 
 from data import PreparedVideos, to_float, to_tensors, to_uint8
 from faces import landmark_detector
-from files import UserError, atomic, check_paths, run, warn
-from finetune import CHECKPOINT, EPOCHS, add_content_flags, content_loss, default_device, embed, finetune, load_for_finetuning
+from files import UserError, atomic, check_paths, make_parser, run, warn
+from finetune import CHECKPOINT, EPOCHS, add_content_flags, content_loss, embed, finetune, load_for_finetuning
 from losses import FACE_WEIGHT, ContentLoss
 from metrics import dlib_recognition, fid, fid_statistics, inception, landmark_error, ssim, torchscript_recognition
-from model import autocast, fast_dtype, load_checkpoint, load_networks
+from device import autocast, default_device, fast_dtype
+from model import load_checkpoint, load_networks
 from toy import ToyHeads
 
 SOURCE, REAL, COPY, NEAREST = "source", "real frame", "copy of the source", "nearest source frame"
@@ -307,7 +307,7 @@ def timing(state, content, x, y, shots, device):
 # -------------------------------------------------------------------------------------------------- command
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", help="a meta-learned checkpoint (default: the bundled weights/real64.pt, with --toy weights/toy.pt)")
     add("--ff-checkpoint", metavar="FILE", help="one trained with meta_train.py --no-match, for the row Ours-FF")

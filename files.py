@@ -2,6 +2,7 @@
 
 It imports none of the others.
 """
+import argparse
 import os
 import sys
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ def run(main):
         code = 130
     print(message, file=sys.stderr)     # only now: a progress bar has been closed with the exception
     sys.exit(code)
+
+
+def make_parser(doc):
+    """doc: a script's docstring, shown by --help as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def warn(message):

@@ -5,7 +5,6 @@
 
 Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
 """
-import argparse
 import os
 
 import numpy as np
@@ -14,20 +13,15 @@ from torch import nn
 from tqdm import tqdm
 
 from data import faces_in, to_float, to_tensors
+from device import autocast, default_device
 from faces import landmark_detector
-from files import UserError, check_paths, run
-from losses import BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
-from model import autocast, load_checkpoint, load_networks, save_checkpoint
+from files import UserError, check_paths, make_parser, run
+from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
+                    hinge_loss)
+from model import load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
-
-
-def load_faces(paths, config, detect, max_frames=32):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    pairs = [pair for path in paths for pair in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
-    frames, points = (np.stack(part) for part in zip(*pairs))
-    return tuple(map(to_float, to_tensors(frames, points)))
 
 
 @torch.no_grad()
@@ -36,48 +30,57 @@ def embed(E, x, y):
     return torch.cat([E(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH))]).mean(0)
 
 
-def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False, adversarial=True, random=None):
+def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False,
+             adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
-    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.  epochs=0: feed-forward, without one.
-    The ablations of A.2: adversarial=False leaves L'_ADV out of eq. 9; random="e", "psi" or "w" starts e_NEW, psi' or
-    w' from random numbers of the size that they would have.
+    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.
+    epochs=0: feed-forward; content is not used then.
+    adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
+    "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
     for net in filter(None, (E, G, D, content)):
-        net.to(memory_format=torch.channels_last)               # a quarter faster than contiguous tensors
-    e_new = embed(E.eval(), x, y)
-    with torch.no_grad():  # psi' and w' exist before the optimizers do: else they would never be trained
-        noise = torch.Generator(x.device).manual_seed(seed)
-        like = lambda v: v.std() * torch.randn(v.shape, generator=noise, device=v.device) + v.mean()
-        e_new = like(e_new).relu() if random == "e" else e_new
-        psi = G.project(e_new[None])[0]                         # psi' = P e_NEW
-        psi = nn.Parameter(like(psi) if random == "psi" else psi)
-        w = nn.Parameter(D.w0 + (like(e_new) if random == "w" else e_new))      # w' = w0 + e_NEW
-    parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' has taken P's place
-    optimizer_G = torch.optim.Adam([*parameters_G, psi], config.lr, BETAS)
+        net.to(memory_format=torch.channels_last)       # a quarter faster than contiguous tensors
+
+    # e_NEW, psi' and w': parameters before the optimisers are built, else they would never be trained
+    e_new = embed(E.eval(), x, y)                       # (N,): eq. 7
+    with torch.no_grad():
+        psi = G.project(e_new[None])[0]                 # (|psi|,): psi' = P e_NEW
+        w = D.w0 + e_new                                # (N,): w' = w0 + e_NEW
+        if random:
+            e_new, psi, w = randomised(random, e_new, psi, w, G, D, seed)
+    psi, w = nn.Parameter(psi), nn.Parameter(w)
+    without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
+    optimizer_G = torch.optim.Adam([*without_P, psi], config.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
 
     shuffle, history = torch.Generator().manual_seed(seed), []
-    G.train(), D.train()
+    G.train()
+    D.train()
     for _ in tqdm(range(epochs), "fine-tuning", unit=" epochs", disable=not progress):
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
+            x_t, y_t = x[t], y[t]                       # (B, 3, S, S)
+
             # (1) update psi and psi': eq. 9
             D.requires_grad_(False)
             with autocast(x.device):
-                x_hat = G.render(y[t], psi.expand(len(t), -1)).float()          # (B, 3, S, S)
-                fake_score, fake_features = D(x_hat, y[t], w.detach())          # eq. 8
+                x_hat = G.render(y_t, psi.expand(len(t), -1)).float()       # (B, 3, S, S)
+                fake_score, fake_features = D(x_hat, y_t, w.detach())       # eq. 8
                 with torch.no_grad():
-                    real_features = D.V(x[t], y[t])[1]
-                cnt = content(x_hat, x[t])
+                    real_features = D.V(x_t, y_t)[1]
+                cnt = content(x_hat, x_t)
                 adv = adversarial_loss(fake_score)
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
+            loss = cnt + adv + fm if adversarial else cnt
             optimizer_G.zero_grad()
-            (cnt + (adv + fm if adversarial else 0)).backward()
+            loss.backward()
             optimizer_G.step()
+
             # (2) update theta, w' and b twice: eq. 10
             D.requires_grad_(True)
-            x_both, y_both = torch.cat([x[t], x_hat.detach()]), torch.cat([y[t], y[t]])
+            x_both = torch.cat([x_t, x_hat.detach()])   # (2B, 3, S, S): real, then generated
+            y_both = torch.cat([y_t, y_t])
             for _ in range(2):
                 with autocast(x.device):
                     real_score, fake_score = D(x_both, y_both, w)[0].chunk(2)
@@ -86,23 +89,50 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 dsc.backward()
                 optimizer_D.step()
             history.append({"cnt": cnt.item(), "adv": adv.item(), "fm": fm.item(), "dsc": dsc.item()})
-    G.eval(), D.eval()
+    G.eval()
+    D.eval()
     return psi.detach(), w.detach(), history
 
 
+def randomised(what, e_new, psi, w, G, D, seed):
+    """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have."""
+    noise = torch.Generator(e_new.device).manual_seed(seed)
+    like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
+    if what == "e":
+        e_new = like(e_new).relu()
+        psi, w = G.project(e_new[None])[0], D.w0 + e_new
+    elif what == "psi":
+        psi = like(psi)
+    elif what == "w":
+        w = D.w0 + like(e_new)
+    return e_new, psi, w
+
+
+# ------------------------------------------------------------------ for this command and infer.py
+
+def load_faces(paths, config, detect, max_frames=32):
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
+    pairs = [pair for path in paths
+             for pair in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
+    frames, points = zip(*pairs)
+    x, y = to_tensors(np.stack(frames), np.stack(points))
+    return to_float(x), to_float(y)
+
+
 def add_content_flags(parser):
-    parser.add_argument("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
-    parser.add_argument("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
-    parser.add_argument("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
+    add = parser.add_argument
+    add("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
+    add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
+    add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
 
 
 def content_loss(args, config, face=FACE_WEIGHT):
-    """The content loss that these flags name; dlib's network stands in for VGGFace where --vggface is not given."""
+    """The content loss that these flags name; our stand-in for VGGFace where --vggface is not given."""
     return ContentLoss(args.content or config.content, args.vgg19, args.vggface, face)
 
 
 def load_for_finetuning(path, device, random=None):
-    """A meta checkpoint that may be fine-tuned: UserError for the FF variant, except with a random w' (A.2)."""
+    """A meta checkpoint that may be fine-tuned. UserError for the FF variant, but with a random w' (A.2)."""
     state = load_checkpoint(path, device)
     if not state["config"].match and random != "w":
         raise UserError(f"{path} was trained without the match loss (the FF variant), which the paper uses "
@@ -111,14 +141,15 @@ def load_for_finetuning(path, device, random=None):
 
 
 def learn_person(state, x, y, content, epochs, device, **switches):
-    """A loaded checkpoint and T faces -> what a person file holds: (config, G folded and without P, psi', source).
+    """A loaded checkpoint and T faces -> what a person file holds: config, G, psi', source.
 
-    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  switches: of finetune(), for A.2.
-    source: (3, S, S), the first face.
+    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  switches: of finetune().
+    G: folded and without P.  source: (3, S, S), the first face.
     """
     E, G, D = load_networks(state)
-    x, y, content = x.to(device), y.to(device), content and content.to(device)
-    psi = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0, **switches)[0]
+    x, y = x.to(device), y.to(device)
+    content = content and content.to(device)
+    psi, _, _ = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
     return state["config"], G.fold(), psi, x[0]
 
@@ -127,30 +158,28 @@ def save_person(path, config, G, psi, source):
     save_checkpoint(path, "person", config, G=G, psi=psi, source=source)
 
 
-def default_device():
-    """CUDA, else Apple's MPS (untested here), else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
-    parser.add_argument("--out", default="person.pt", help="the person file (default: person.pt)")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled weights/real64.pt)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
-    parser.add_argument("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
-    parser.add_argument("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from random numbers")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
+    add("--out", default="person.pt", help="the person file (default: person.pt)")
+    add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
+    add("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
+    add("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from noise")
     add_content_flags(parser)
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
     check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
+
     device = default_device()
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
     x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
     content = content_loss(args, config)
-    person = learn_person(state, x, y, content, args.epochs, device, adversarial=not args.no_adversarial, random=args.random)
+    person = learn_person(state, x, y, content, args.epochs, device,
+                          adversarial=not args.no_adversarial, random=args.random)
     save_person(args.out, *person)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 

@@ -7,7 +7,6 @@
 The result has the driver's frames, time stamps and sound. Memory does not grow with the driver's length but for the
 landmarks themselves, half a kilobyte a frame.
 """
-import argparse
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from data import draw_landmarks, to_float, to_uint8
 from faces import landmark_detector
-from files import UserError, check_paths, run, warn
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, default_device, learn_person, load_faces, load_for_finetuning,
+from files import UserError, check_paths, make_parser, run, warn
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person, load_faces, load_for_finetuning,
                       save_person)
-from model import fast_dtype, load_checkpoint, load_person
+from device import default_device, fast_dtype
+from model import load_checkpoint, load_person
 from video import load_track, save_track, track_video, write_video
 
 
@@ -58,7 +58,7 @@ def render(G, psi, points, size, source=None):
 # -------------------------------------------------------------------------------------------------- command
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--photo", nargs="+", metavar="FILE", help="photos and/or clips of the person")
     who.add_argument("--person", metavar="FILE", help="a person file of finetune.py or --save-person")

@@ -10,7 +10,8 @@ sys.path.insert(0, str(ASSETS.parent))
 
 from faces import landmark_detector  # noqa: E402  (the project's own modules, from wherever this is run)
 from files import atomic  # noqa: E402
-from finetune import CHECKPOINT, EPOCHS, default_device, learn_person, load_faces  # noqa: E402
+from device import default_device  # noqa: E402
+from finetune import CHECKPOINT, EPOCHS, learn_person, load_faces  # noqa: E402
 from infer import render  # noqa: E402
 from losses import ContentLoss  # noqa: E402
 from model import load_checkpoint  # noqa: E402

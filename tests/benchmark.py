@@ -32,8 +32,10 @@ import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
 from toy import ToyHeads  # noqa: E402
 import video  # noqa: E402
-from losses import VGG19_LAYERS, VGGFACE_LAYERS, ContentLoss, Features  # noqa: E402
-from model import Config, Discriminator, Embedder, Generator  # noqa: E402
+from losses import ContentLoss  # noqa: E402
+from config import Config  # noqa: E402
+from model import Discriminator, Embedder, Generator  # noqa: E402
+from perceptual import VGG19_LAYERS, VGGFACE_LAYERS, Features  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from faces import landmark_detector
-from model import Config, Discriminator, Embedder, Generator, save_checkpoint
+from config import Config
+from model import Discriminator, Embedder, Generator, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "assets" / "astronaut.jpg"

@@ -14,7 +14,7 @@ import video
 from toy import ToyHeads
 from conftest import PHOTO, fail, moving, script, succeed, write_clip
 from files import UserError
-from model import Config
+from config import Config
 
 
 def test_landmark_groups_and_colours():

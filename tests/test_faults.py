@@ -26,7 +26,8 @@ from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succee
 from data import Episodes, PreparedVideos, prepare
 from faces import read_photo
 from files import UserError
-from model import Config, load_checkpoint
+from config import Config
+from model import load_checkpoint
 from video import read_video
 
 TRACK = ROOT / "assets" / "speech.npz"
@@ -325,8 +326,9 @@ from data import faces_in, PreparedVideos
 from faces import landmark_detector
 from files import UserError
 from video import load_track, track_video
-from losses import read_matconvnet
-from model import Config, load_checkpoint, load_networks
+from perceptual import read_matconvnet
+from config import Config
+from model import load_checkpoint, load_networks
 torch.set_num_threads(1)
 detect = landmark_detector("dlib")
 read = {

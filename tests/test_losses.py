@@ -9,7 +9,8 @@ from torchvision.models.vgg import cfgs
 from conftest import PHOTO, ROOT, networks
 from data import to_float
 from faces import dlib_model, landmark_detector, read_photo
-from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
+from losses import ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
+from perceptual import Features, read_matconvnet
 from files import UserError
 
 
