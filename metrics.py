@@ -86,6 +86,20 @@ def torchscript_recognition(path, device):
     return vector
 
 
+# ------------------------------------------------------- whom a frame shows, by vectors of norm 1
+
+def mean_vector(vectors):
+    """(n, d) -> (d,), of norm 1 again: a person by n frames."""
+    mean = np.mean(vectors, axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+def rank(vectors, people, k):
+    """Of every vector (n, d): 1 where person k is the nearest of the people (P, d), 2 where one is nearer, ..."""
+    cosines = vectors @ people.T                                        # (n, P)
+    return 1 + (cosines > cosines[:, [k]]).sum(axis=1)
+
+
 # --------------------------------------------------------------------------------- Frechet distances
 
 def frechet(real, fake):
