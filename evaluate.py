@@ -1,31 +1,31 @@
 """The paper's Sec. 4, A.1 and A.2 on a checkpoint: how good, how fast, and what each part is worth.
 
-    python evaluate.py --checkpoint FT.pt --data prepared --shots 1 8 32     # Table 1, with a figure like Fig. 4
-    python evaluate.py ... --ff-checkpoint FF.pt --ablation                  # and the rows of A.2, Fig. 7
-    python evaluate.py ... --recognition FILE --train-data DIR               # are they still themselves?
-    python evaluate.py ... --user-study study                                # and study/index.html, to be clicked
-    python evaluate.py --toy                                                 # on drawn heads, without any data
-    python evaluate.py --toy --timing                                        # Table 2 instead
+    python evaluate.py --checkpoint FT.pt --data prepared --shots 1 8 32   # Table 1, a figure like Fig. 4
+    python evaluate.py ... --ff-checkpoint FF.pt --ablation                # and the rows of A.2, Fig. 7
+    python evaluate.py ... --recognition FILE --train-data DIR             # do they stay who they are?
+    python evaluate.py ... --user-study study                              # study/index.html, to be clicked
+    python evaluate.py --toy                                               # drawn heads, without any data
+    python evaluate.py --toy --timing                                      # Table 2 instead
 
-For every video: learn from T frames, draw the 32 hold-out frames from their landmarks as infer.py would, compare with
-the true ones. A prepared folder with train/NAME and test/NAME keeps that split. Otherwise a video learns from its first
-part and holds out its last, with a second or more between them; photos, which have no time, are shuffled, and no
-photo is in both parts.
+For every video: learn from T frames, draw the 32 hold-out frames from their landmarks as infer.py
+would, compare with the true ones. A prepared folder with train/NAME and test/NAME keeps that split.
+Otherwise a video learns from its first part and holds out its last, a second or more apart; photos,
+which have no time, are shuffled, and none is in both parts.
 
-What is random. --seed chooses videos and frames, nothing else. Fine-tuning shuffles by a generator with seed 0 of its
-own for every video, T and row. The rows of A.2 put in normal numbers of another such generator, with the mean and the
-deviation that the elements of the replaced vector have: e_NEW's (cut at 0, as E ends in a ReLU; psi' and w' follow
-from them), those of psi' = P e_NEW, or e_NEW's in w' = w0 + e_NEW. So a row is the same whichever others are made.
+What is random. --seed chooses videos and frames, nothing else. Fine-tuning shuffles by a generator
+of its own with seed 0, for every video, T and row. The rows of A.2 put in normal numbers of another
+such generator, with the mean and the deviation that the elements of the replaced vector have: e_NEW's
+(cut at 0, as E ends in a ReLU; psi' and w' follow from them), those of psi' = P e_NEW, or e_NEW's in
+w' = w0 + e_NEW. So a row is the same whichever others are made.
 
-Writes to --out: protocol.json (who, which frames), a folder per video (a strip of frames per method, scores.csv,
-vectors.npz), scores.csv with every frame of every video, table.md and figure.png. A stopped run goes on where it was.
+Writes to --out: protocol.json (who, which frames), a folder per video (a strip of frames per method,
+scores.csv, vectors.npz), scores.csv with every frame of every video, table.md and figure.png. A
+stopped run goes on where it was.
 """
 import argparse
 import hashlib
 import json
 import os
-import statistics
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +36,16 @@ from tqdm import tqdm
 from data import PreparedVideos, evenly, to_float, to_tensors, to_uint8
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, run, warn
-from finetune import CHECKPOINT, EPOCHS, add_content_flags, default_device, embed, finetune, load_for_finetuning
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, default_device, finetune,
+                      load_for_finetuning)
 from losses import ContentLoss
-from metrics import dlib_recognition, inception, landmark_error, mean_vector, ssim, torchscript_recognition
+from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
+                     torchscript_recognition)
 from model import fast_dtype, load_checkpoint, load_networks
 from protocol import draw_protocol, find_videos, person
-from report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study, write_scores,
-                    write_strip, write_vectors)
+from report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study,
+                    write_scores, write_strip, write_vectors)
+from timing import timing
 from toy import ToyHeads
 
 ABLATION = {  # A.2: what finetune() is called with
@@ -51,11 +54,6 @@ ABLATION = {  # A.2: what finetune() is called with
     "random psi'": {"random": "psi"},
     "random e_NEW": {"random": "e"}}
 NO_MATCH = "without L_MCH, random w'"
-
-PAPER = {  # Table 2, seconds
-    (FF, 1): 0.061, (FF, 8): 0.138, (FF, 32): 0.221,
-    (AFTER, 1): 43.84, (AFTER, 8): 85.48, (AFTER, 32): 258.0}
-PAPER_FRAME = 0.139
 
 
 # ---------------------------------------------------------------------------------------------- the methods
@@ -80,29 +78,32 @@ def draw(G, psi, y):
     G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
     psi = psi.to(dtype)
     with torch.inference_mode():
-        frames = [to_uint8(G.render(part.to(dtype), psi.expand(len(part), -1))) for part in y.split(8)]
-    return np.concatenate(frames)
+        frames = [G.render(part.to(dtype), psi.expand(len(part), -1)) for part in y.split(8)]
+    return to_uint8(torch.cat(frames))
 
 
 def methods(setup, T, source, truth):
-    """Yield (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)) for the n hold-out frames of a
-    video, learned from the first T of `source`.
+    """Learn from the first T frames of `source`, then draw the n hold-out frames, `truth`, by every method.
+
+    Yields (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)).
 
     source, truth: (frames uint8, landmarks) of the learning and the hold-out part.
     """
     # the controls
     frames, points = source[0][:T], source[1][:T]
-    yield COPY, np.repeat(frames[:1], len(truth[0]), axis=0), np.repeat(points[:1], len(truth[0]), axis=0)
-    distance = np.linalg.norm(truth[1][:, None] - points[None], axis=-1).mean(-1)           # (n, T)
-    yield NEAREST, frames[distance.argmin(1)], points[distance.argmin(1)]
+    copied = np.zeros(len(truth[0]), int)
+    yield COPY, frames[copied], points[copied]
+    distance = np.linalg.norm(truth[1][:, None] - points[None], axis=-1).mean(-1)     # (n, T)
+    nearest = distance.argmin(1)
+    yield NEAREST, frames[nearest], points[nearest]
 
     # ours
-    x, y = (to_float(t, setup.device) for t in to_tensors(frames, points))                  # (T, 3, S, S)
-    y_hold = to_float(to_tensors(*truth)[1], setup.device)                                  # (n, 3, S, S)
+    x, y = (to_float(t, setup.device) for t in to_tensors(frames, points))            # (T, 3, S, S)
+    y_hold = to_float(to_tensors(*truth)[1], setup.device)                            # (n, 3, S, S)
 
     def ours(state, epochs=EPOCHS, **switches):
         E, G, D = load_networks(state)      # anew, for fine-tuning changes G and D
-        psi = finetune(E, G, D, x, y, state["config"], setup.content, epochs=epochs, **switches)[0]
+        psi, *_ = finetune(E, G, D, x, y, state["config"], setup.content, epochs=epochs, **switches)
         return draw(G, psi, y_hold), truth[1]
 
     if setup.ff_state:
@@ -117,7 +118,7 @@ def methods(setup, T, source, truth):
 
 
 def score_video(folder, name, chosen, shots, source, truth, setup):
-    """One video, into its folder: strips and vectors of every method, and at last scores.csv, which says that it is done.
+    """One video, into its folder: strips and vectors of every method; at last scores.csv, and it is done.
 
     chosen: numbers of the hold-out frames.  source, truth: (frames, landmarks).
     """
@@ -128,9 +129,11 @@ def score_video(folder, name, chosen, shots, source, truth, setup):
         title = key({"T": T, "method": method})
         write_strip(f"{folder}/{title}.png", results)
         if setup.recognise:     # aligned by where the face is
-            vectors[title] = np.array([setup.recognise(result, face) for result, face in zip(results, faces)])
+            pairs = zip(results, faces)
+            vectors[title] = np.array([setup.recognise(result, face) for result, face in pairs])
         for k, result in enumerate(results):
-            row = {"video": name, "T": T, "method": method, "frame": chosen[k], "ssim": ssim(result, frames[k])}
+            row = {"video": name, "T": T, "method": method, "frame": chosen[k]}
+            row["ssim"] = ssim(result, frames[k])
             if setup.detect:
                 error = landmark_error(result, points[k], setup.detect)
                 row |= {"landmark_error": error, "found": int(error is not None)}
@@ -156,8 +159,8 @@ def training_people(data, recognise, kind, cache):
         if kept["kind"] == kind:
             return kept["vectors"]
     people = {}
-    for i in tqdm(range(len(data)), "training people", unit=" sequences"):
-        who = person(os.path.relpath(data.files[i], data.folder).removesuffix(".pt"))
+    for i, file in enumerate(tqdm(data.files, "training people", unit=" sequences")):
+        who = person(os.path.relpath(file, data.folder).removesuffix(".pt"))
         try:
             faces = zip(*data.load(i, lambda count: list(evenly(range(count), 4))))
         except UserError as e:      # one damaged file among thousands
@@ -169,75 +172,38 @@ def training_people(data, recognise, kind, cache):
     return vectors
 
 
-# --------------------------------------------------------------------------------------------- A.1, Table 2
-
-def median_seconds(function, repeats):
-    """After one run to warm up, with the device synchronised."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        elif torch.backends.mps.is_available():
-            torch.mps.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def timing(state, content, x, y, shots, device):
-    """Table 2 in markdown: seconds of few-shot learning and of a frame. x, y: (n, 3, S, S), repeated up to T frames."""
-    config = state["config"]
-    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda: f"{torch.get_num_threads()} CPU threads"}
-    name = names.get(device, lambda: device)()
-    lines = [f"| {config.image_size} pixels | ours, {name} | the paper: 256 pixels, P40 |", "|---|---|---|"]
-
-    # few-shot learning
-    for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
-        for T in shots:
-            nets, pick = load_networks(state), torch.arange(T) % len(x)
-            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs)
-            paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
-            lines.append(f"| few-shot learning, {method} ({T}) | {median_seconds(learn, repeats):.3f} s | {paper} |")
-
-    # a frame, as in draw()
-    E, G, _ = load_networks(state)
-    dtype, psi = fast_dtype(device), G.project(embed(E, x[:1], y[:1])[None]).detach()
-    G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
-    psi, picture = psi.to(dtype), y[:1].to(dtype)
-    with torch.inference_mode():
-        seconds = median_seconds(lambda: G.render(picture, psi), 50)
-    return "\n".join(lines + [f"| a frame | {seconds:.4f} s | {PAPER_FRAME} s |"])
-
-
 # -------------------------------------------------------------------------------------------------- command
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", help="a meta-learned checkpoint (default: the bundled one, with --toy weights/toy.pt)")
-    add("--ff-checkpoint", metavar="FILE", help="one trained with meta_train.py --no-match, for the row Ours-FF")
+    add("--checkpoint", help="a meta-learned one (default: the bundled one, with --toy weights/toy.pt)")
+    add("--ff-checkpoint", metavar="FILE", help="of meta_train.py --no-match, for the row Ours-FF")
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
-    add("--train-data", metavar="DIR", help="what the training saw: how many frames are nearer to somebody there?")
-    add("--toy", action="store_true", help="drawn heads that no training has seen, instead of --data")
-    add("--shots", type=int, nargs="+", default=[1, 8, 32], metavar="T", help="frames to learn from (1 8 32)")
+    add("--train-data", metavar="DIR", help="the training's: are frames nearer to somebody there?")
+    add("--toy", action="store_true", help="drawn heads that no training has seen, no --data")
+    add("--shots", type=int, nargs="+", default=[1, 8, 32], metavar="T",
+        help="frames to learn from (1 8 32)")
     add("--videos", type=int, default=50, help="at most so many, drawn uniformly (50)")
     add("--holdout", type=int, default=32, help="frames of each to compare (32)")
     add("--out", default="runs/eval", metavar="DIR", help="(runs/eval)")
     add("--seed", type=int, default=0, help="of the choice of videos and frames (0)")
-    add("--recognition", metavar="FILE", help="ArcFace-like TorchScript network for CSIM (default: the bundled dlib's)")
+    add("--recognition", metavar="FILE", help="ArcFace-like TorchScript network for CSIM (default: dlib's)")
     add("--inception", metavar="FILE", help="weights of FID's network, from torch-fidelity's releases")
     add("--ablation", action="store_true", help="add the rows of A.2")
     add("--user-study", metavar="DIR", help="write a page with the triplets of Sec. 4")
     add("--timing", action="store_true", help="print Table 2 and nothing else")
     add_content_flags(parser)
     args = parser.parse_args()
-    args.checkpoint = args.checkpoint or (str(Path(CHECKPOINT).with_name("toy.pt")) if args.toy else CHECKPOINT)
+    bundled = Path(CHECKPOINT).with_name("toy.pt") if args.toy else CHECKPOINT
+    args.checkpoint = args.checkpoint or str(bundled)
     if min(*args.shots, args.videos, args.holdout) < 1 or args.seed < 0:
         raise UserError("--shots, --videos and --holdout must be at least 1, --seed at least 0")
     if args.train_data and args.toy and not args.recognition:
         raise UserError("--train-data compares faces: with --toy it needs a --recognition network")
-    check_paths([args.checkpoint, args.ff_checkpoint, args.recognition, args.inception, args.vgg19, args.vggface])
+    check_paths([args.checkpoint, args.ff_checkpoint, args.recognition, args.inception,
+                 args.vgg19, args.vggface])
     args.shots.sort()
     return args
 
@@ -249,10 +215,11 @@ def load_checkpoints(args, device):
     if ff_state:
         ours, ff = state["config"], ff_state["config"]
         if ff.match:
-            raise UserError(f"{args.ff_checkpoint} was trained with the match loss: the FF variant comes from "
-                            "meta_train.py --no-match")
+            raise UserError(f"{args.ff_checkpoint} was trained with the match loss: the FF variant comes "
+                            "from meta_train.py --no-match")
         if (ff.image_size, ff.landmarks) != (ours.image_size, ours.landmarks):
-            raise UserError(f"{args.ff_checkpoint} has another image size or other landmarks than {args.checkpoint}")
+            raise UserError(f"{args.ff_checkpoint} has another image size or other landmarks "
+                            f"than {args.checkpoint}")
     for checkpoint in filter(None, (state, ff_state)):
         load_networks(checkpoint)       # refused now, if it is not whole
     return state, ff_state
@@ -263,7 +230,7 @@ def digest(path):
 
 
 def write_protocol(args, data, content, device):
-    """-> {name: frames} of the videos to evaluate, after it is in protocol.json; UserError if --out has another one."""
+    """-> {name: frames} of the videos to evaluate, now in protocol.json. UserError if --out has another."""
     chosen = draw_protocol(data, args.shots, args.holdout, args.videos, args.seed)
     if isinstance(data, PreparedVideos):        # the folder may have been prepared anew
         for name in chosen:
@@ -272,7 +239,8 @@ def write_protocol(args, data, content, device):
         "checkpoint": digest(args.checkpoint), "ff_checkpoint": digest(args.ff_checkpoint),
         "content": [content.kind, digest(args.vgg19), digest(args.vggface)],
         "recognition": digest(args.recognition), "drawn": f"folded, {fast_dtype(device)}",
-        "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed, "videos": chosen}
+        "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
+        "videos": chosen}
     path = Path(args.out) / "protocol.json"
     if path.exists() and json.loads(path.read_text()) != protocol:
         raise UserError(f"{args.out} holds an evaluation of something else: name another --out")
@@ -291,8 +259,8 @@ def main():
     size = config.image_size
     data = ToyHeads(args.videos, size, first=1000) if args.toy else PreparedVideos(args.data, size)
     if data.detector != config.landmarks:
-        raise UserError(f"{args.data} was prepared with {data.detector} landmarks, {args.checkpoint} trained with "
-                        f"{config.landmarks}")
+        raise UserError(f"{args.data} was prepared with {data.detector} landmarks, {args.checkpoint} "
+                        f"trained with {config.landmarks}")
     train_data = PreparedVideos(args.train_data, size) if args.train_data else None
     content = ContentLoss(args.content or config.content, args.vgg19, args.vggface).to(device)
     if args.timing:
@@ -321,12 +289,13 @@ def main():
     judge = os.path.basename(args.recognition or "dlib")
     training = None
     if train_data:
-        training = training_people(train_data, recognise, digest(args.recognition) or judge, out / "training.npz")
+        kind = digest(args.recognition) or judge
+        training = training_people(train_data, recognise, kind, out / "training.npz")
     # the face term of content losses is dlib's network: where there is one, dlib judges what it has trained
     trained_on = judge == "dlib" and bool(getattr(config, "face", 0) or getattr(content, "face", None))
     people = {name: person(name) for name in chosen}
-    report(out, people=people, shots=args.shots, holdout=args.holdout, judge=judge, trained_on=trained_on,
-           training=training, network=network)
+    report(out, people=people, shots=args.shots, holdout=args.holdout, judge=judge,
+           trained_on=trained_on, training=training, network=network)
     if args.user_study:
         user_study(args.user_study, out, people, args.shots, args.seed)
 

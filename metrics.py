@@ -13,7 +13,7 @@ SIDE = 256  # smaller frames are enlarged to this many pixels before a face is l
 
 
 def ssim(a, b):
-    """Structural similarity [41] with its authors' Gaussian window: uint8 (S, S, 3) twice -> 1 for equal images."""
+    """Structural similarity [41], with its authors' Gaussian window, of two frames uint8 (S, S, 3)."""
     from skimage.metrics import structural_similarity
     window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     return float(structural_similarity(a, b, channel_axis=2, **window))
@@ -30,8 +30,8 @@ def enlarged(frame, points):
 
 
 def landmark_error(frame, points, detect):
-    """The 68 points found again on a frame against the driving ones, in per cent of the distance between the outer
-    eye corners; None where no face is found."""
+    """The 68 points found again on a frame against the driving ones, in per cent of the distance between
+    the outer eye corners; None where no face is found."""
     frame, points = enlarged(frame, points)
     again = detect(frame)
     if again is None:
@@ -43,7 +43,7 @@ def landmark_error(frame, points, detect):
 # ----------------------------------------------------------- CSIM: the cosine of two of these vectors
 
 def dlib_recognition():
-    """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, of face-recognition-models' network."""
+    """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, by dlib's network."""
     import dlib
     net = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
 
@@ -62,7 +62,10 @@ ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37)
 
 
 def torchscript_recognition(path, device):
-    """-> vector() as above, of an ArcFace-like network: RGB (1, 3, 112, 112) in [-1, 1], aligned -> (1, n)."""
+    """-> vector() as above, by an ArcFace-like network.
+
+    It takes RGB (1, 3, 112, 112) in [-1, 1], aligned, and returns (1, n).
+    """
     from skimage.transform import estimate_transform, warp
     try:
         # torch.jit is on its way out, and warns; such files are not
@@ -72,13 +75,15 @@ def torchscript_recognition(path, device):
             raise ValueError("its result is no vector")
     except Exception as e:  # torch raises many types on foreign files
         kind = type(e).__name__
-        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) ({kind})") from None
+        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) "
+                        f"({kind})") from None
 
     def vector(frame, points):
         five = [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
         align = estimate_transform("similarity", np.array(five), np.array(ARCFACE_POINTS))
-        face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True).round().astype(np.uint8)
-        x = to_float(torch.from_numpy(face.transpose(2, 0, 1).copy())[None], device)
+        face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True)
+        face = face.round().astype(np.uint8).transpose(2, 0, 1).copy()
+        x = to_float(torch.from_numpy(face)[None], device)
         with torch.no_grad():
             v = net(x)[0].cpu().double().numpy()
         return v / np.linalg.norm(v)
@@ -95,7 +100,7 @@ def mean_vector(vectors):
 
 
 def rank(vectors, people, k):
-    """Of every vector (n, d): 1 where person k is the nearest of the people (P, d), 2 where one is nearer, ..."""
+    """Of every vector (n, d): 1 where person k is the nearest of the people (P, d), 2 where one is nearer."""
     cosines = vectors @ people.T                                        # (n, P)
     return 1 + (cosines > cosines[:, [k]]).sum(axis=1)
 
@@ -103,8 +108,10 @@ def rank(vectors, people, k):
 # --------------------------------------------------------------------------------- Frechet distances
 
 def frechet(real, fake):
-    """Frechet distance between the Gaussians that have the moments of two sets of vectors, (n, d) and (m, d):
-    |mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2). FID [13] is this on features of one certain network only."""
+    """Frechet distance between two Gaussians, which have the moments of vectors (n, d) and (m, d).
+
+    |mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2). Only of one certain network's features it is the FID [13].
+    """
     C, C_fake = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     values, vectors = np.linalg.eigh(C)
     root = vectors * values.clip(0) ** .5 @ vectors.T                   # C^1/2
@@ -115,18 +122,19 @@ def frechet(real, fake):
 
 
 def inception(path, device):
-    """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError if the file is not its weights."""
+    """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError for a foreign file."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # the library would run a pickle's code
         net = Extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
-        raise UserError(f"{path} does not hold the weights of FID's network ({type(e).__name__})") from None
+        kind = type(e).__name__
+        raise UserError(f"{path} does not hold the weights of FID's network ({kind})") from None
     return lambda images: net(images.to(device))[0].cpu()
 
 
 def fid_statistics(frames, network):
-    """Mean and covariance of the network's features of frames uint8 (S, S, 3), two or more; by torch-fidelity."""
+    """Mean and covariance of the network's features of two or more frames uint8 (S, S, 3)."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
     images = torch.from_numpy(np.stack(frames)).movedim(-1, 1)          # (n, 3, S, S)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The protocol of Sec. 4: which videos, which of their frames are learned from, and which are held out."""
+"""The protocol of Sec. 4: which videos, which of their frames to learn from, and which to hold out."""
 import os
 import re
 
@@ -13,13 +13,20 @@ GAP = 1.0  # seconds at least between what is learned from and what is held out
 
 
 def find_videos(data):
-    """-> {name: (index of the learning sequence, index of the hold-out sequence)}: the same one but for train/, test/."""
+    """-> {name: (index of the sequence to learn from, index of the one with the hold-out frames)}.
+
+    Both are the same one, unless the folder has train/NAME and test/NAME.
+    """
     if isinstance(data, ToyHeads):
         return {f"head {data.first + i}": (i, i) for i in range(len(data))}
-    names = {os.path.relpath(file, data.folder).removesuffix(".pt"): i for i, file in enumerate(data.files)}
-    learning = {name.removeprefix("train/"): i for name, i in names.items() if name.startswith("train/")}
-    split = {name: (i, names[f"test/{name}"]) for name, i in learning.items() if f"test/{name}" in names}
-    return split or {name: (i, i) for name, i in names.items()}
+    names = [os.path.relpath(file, data.folder).removesuffix(".pt") for file in data.files]
+    numbers = {name: i for i, name in enumerate(names)}
+    split = {}
+    for name, i in numbers.items():
+        folder, _, rest = name.partition("/")
+        if folder == "train" and f"test/{rest}" in numbers:
+            split[rest] = i, numbers[f"test/{rest}"]
+    return split or {name: (i, i) for name, i in numbers.items()}
 
 
 def person(name):
@@ -30,8 +37,8 @@ def person(name):
 def clock(data, i):
     """When the frames of a sequence were, in seconds (n,), its clips laid end to end; all 0 for photos.
 
-    None where nobody knows: drawn heads, and folders that were prepared before data.py kept "file", the number of the
-    clip or photo that a frame is of, and "seconds", its time in it.
+    None where nobody knows: drawn heads, and folders prepared before data.py kept "file", the number of
+    the clip or photo that a frame is of, and "seconds", its time in it.
     """
     if not isinstance(data, PreparedVideos) or not data.count(i):
         return None
@@ -39,13 +46,16 @@ def clock(data, i):
     if "seconds" not in stored:
         return None
     file, seconds = stored["file"].numpy(), stored["seconds"].numpy()
-    passed = np.where(file[1:] == file[:-1], np.diff(seconds), 0)       # the time between two files is unknown
+    passed = np.where(file[1:] == file[:-1], np.diff(seconds), 0)   # nobody knows the time between files
     return np.concatenate([[0], passed.cumsum()])
 
 
 def parts(seconds, learn, holdout):
-    """-> the numbers of the frames before and after a gap of GAP seconds, in parts as equal as they can be where the
-    first needs `learn` frames and the second `holdout`; both are empty where a video is too short for that."""
+    """-> the numbers of the frames before and after a gap of GAP seconds.
+
+    The parts are as equal as they can be where the first needs `learn` frames and the second `holdout`;
+    both are empty where a video is too short for that.
+    """
     ends = np.arange(learn, len(seconds))
     starts = np.searchsorted(seconds, seconds[ends - 1] + GAP)
     sizes = len(seconds) - starts
@@ -61,7 +71,8 @@ def draw_protocol(data, shots, holdout, count, seed):
 
     T frames are the first T of these.
     """
-    rng, protocol, short, unknown, need = np.random.default_rng(seed), {}, [], [], max(shots)
+    rng, need = np.random.default_rng(seed), max(shots)
+    protocol, short, unknown = {}, [], []
     videos = list(find_videos(data).items())
     for v in rng.permutation(len(videos)):
         name, (i, j) = videos[v]
@@ -76,15 +87,17 @@ def draw_protocol(data, shots, holdout, count, seed):
         if len(learn) < need or len(held) < holdout:
             short.append(name)
         elif len(protocol) < count:
-            protocol[name] = {"learn": learn[:need].tolist(), "holdout": sorted(held[:holdout].tolist())}
+            held = sorted(held[:holdout].tolist())
+            protocol[name] = {"learn": learn[:need].tolist(), "holdout": held}
             if i == j and seconds is None:
                 unknown.append(name)
     if short:
-        warn(f"left out, with fewer than {need} + {holdout} frames, of videos in parts a second apart: "
+        warn(f"left out, with fewer than {need} + {holdout} frames, in videos a second apart: "
              f"{', '.join(sorted(short))}")
     if not protocol:
-        raise UserError(f"no video has {need} + {holdout} frames: ask for fewer with --shots or --holdout")
+        raise UserError(f"no video has {need} + {holdout} frames: ask for fewer with --shots or "
+                        "--holdout")
     if unknown and isinstance(data, PreparedVideos):
-        warn(f"{len(unknown)} of {len(protocol)} sequences were prepared without times: if they are videos and no photos, "
-             "neighbours in time are on both sides; prepare them again")
+        warn(f"{len(unknown)} of {len(protocol)} sequences were prepared without times: if they are videos "
+             "and no photos, neighbours in time are on both sides; prepare them again")
     return protocol

@@ -1,7 +1,7 @@
-"""What evaluate.py left in its folder, told: Table 1, a figure like Fig. 4, and the page of the user study (Sec. 4).
+"""What evaluate.py left in its folder, told: Table 1, a figure like Fig. 4, the page of the user study.
 
-Every video has a folder there: a strip of frames per method ("T8 Ours-FT.png"), scores.csv with a row for every frame,
-and vectors.npz with the recognition network's vectors of the same frames in the same order.
+Every video has a folder there: a strip of frames per method ("T8 Ours-FT.png"), scores.csv with a row
+for every frame, and vectors.npz with the recognition network's vectors of these frames in this order.
 """
 import base64
 import csv
@@ -67,13 +67,16 @@ def add_identity(rows, vectors, people, training=None):
     """Fill in what recognition says of every frame: csim, csim_stranger, rank, nearer_training.
 
     rows, vectors: {video: what its folder holds}.  people: {video: who it shows}.
-    training: (m, d), a vector for everybody in the training.  A held-out person is the mean of their hold-out frames.
+    training: (m, d), a vector for everybody in the training.
+    A held-out person is the mean of their hold-out frames.
     """
     if not all(vectors.values()):
         return
     names, real = list(people), key({"T": 0, "method": REAL})
-    own_frames = lambda who: np.concatenate([vectors[name][real] for name in names if people[name] == who])
-    persons = {who: mean_vector(own_frames(who)) for who in people.values()}
+    persons = {}
+    for who in people.values():
+        frames = [vectors[name][real] for name in names if people[name] == who]
+        persons[who] = mean_vector(np.concatenate(frames))
     everyone = np.stack(list(persons.values()))                         # (P, d)
 
     for n, name in enumerate(names):
@@ -86,21 +89,23 @@ def add_identity(rows, vectors, people, training=None):
                 scores["csim_stranger"] = (found * vectors[others[0]][real]).sum(axis=1)
                 scores["rank"] = rank(found, everyone, k)
             if training is not None:
-                scores["nearer_training"] = ((found @ training.T).max(axis=1) > found @ person).astype(int)
+                nearest = (found @ training.T).max(axis=1)
+                scores["nearer_training"] = (nearest > found @ person).astype(int)
             frames = [row for row in rows[name] if key(row) == method]
             for t, row in enumerate(frames):
                 row |= {column: values[t] for column, values in scores.items()}
 
 
 def distances(out, rows, vectors, network=None):
-    """-> {"T8 Ours-FT": {"fid": ..., "frechet": ...}}, between all frames of a method and all real ones, two or more.
+    """-> {"T8 Ours-FT": {"fid": ..., "frechet": ...}}, between all frames of a method and all real ones.
 
-    FID where its network is at hand, the Frechet distance of the recognition vectors where these are.
+    FID where its network is at hand, the Frechet distance of the recognition vectors where these are;
+    neither of a single frame.
     """
     found, real = {}, {}
-    for method in dict.fromkeys(key(row) for name in rows for row in rows[name]):       # the real frames come first
-        result = found[method] = {}
-        frames = sum(key(row) == method for name in rows for row in rows[name])
+    keys = [key(row) for name in rows for row in rows[name]]
+    for method in dict.fromkeys(keys):      # the real frames come first
+        result, frames = found.setdefault(method, {}), keys.count(method)
         if network and frames > 1:
             strips = [read_strip(out / name / f"{method}.png") for name in rows]
             statistics = fid_statistics(sum(strips, []), network)
@@ -120,7 +125,7 @@ def as_numbers(row):
 
 
 def mean(rows, column):
-    """The mean over the videos of the means over their frames, and its standard error; NaN where there is none."""
+    """The mean over the videos of the means over their frames, and its standard error; NaN for none."""
     videos = {}
     for row in rows:
         if np.isfinite(row[column]):
@@ -144,8 +149,9 @@ def share(values):
 def table(rows, found, judge, held_out, trained_on=False):
     """Table 1 in markdown, and CSIM's two anchors.
 
-    rows: of every scores.csv, as numbers.  found: of distances().  judge: the name of the recognition network.
-    held_out: how many people.  trained_on: that network was part of a loss.
+    rows: of every scores.csv, as numbers.  found: of distances().
+    judge: the name of the recognition network.  trained_on: it was part of a loss.
+    held_out: how many people.
     """
     groups = {}
     for row in sorted(rows, key=lambda row: row["T"]):      # the methods of a T stay in their order
@@ -184,19 +190,20 @@ def table(rows, found, judge, held_out, trained_on=False):
 
 def caption(judge, strangers, same, videos, holdout, trained_on=False, training=False):
     """What stands below the table."""
-    text = f"Means over {videos} videos ± standard error, {holdout} hold-out frame{'s' * (holdout > 1)} each."
+    frames = "1 hold-out frame" if holdout == 1 else f"{holdout} hold-out frames"
+    text = f"Means over {videos} videos ± standard error, {frames} each."
     if not np.isfinite(same):
         return text
     network = "the face-recognition network of dlib" if judge == "dlib" else judge
     sentences = [
-        f"CSIM by {network}: strangers {strangers:.3f}, the same person {same:.3f}, both of real frames; "
-        "of the way: (CSIM - strangers) / (same person - strangers).",
-        "This network was part of the loss, so it flatters: name another with --recognition." * trained_on,
-        "Right person: frames nearer to the person than to somebody else; nearest: nearer to the mean of the person's "
-        "hold-out frames than to anybody else's.",
-        "Nearer to training: frames nearer to somebody of the training than to that mean." * training,
-        "Fréchet: distance between the same network's vectors of all generated and all real frames; it is no FID, "
-        "and comparable only over the same number of frames.",
+        f"CSIM by {network}: strangers {strangers:.3f}, the same person {same:.3f}, both of real "
+        "frames; of the way: (CSIM - strangers) / (same person - strangers).",
+        "It was part of the loss, so it flatters: name another with --recognition." * trained_on,
+        "Right person: frames nearer to the person than to somebody else; nearest: nearer to the mean "
+        "of the person's hold-out frames than to anybody else's.",
+        "Nearer to training: nearer to somebody of the training than to that mean." * training,
+        "Fréchet: distance between the same network's vectors of all generated and all real frames; "
+        "no FID, and comparable only over the same number of frames.",
         "Landmarks: error in % of the distance between the outer eye corners."]
     return " ".join([text, *filter(None, sentences)])
 
@@ -204,7 +211,8 @@ def caption(judge, strangers, same, videos, holdout, trained_on=False, training=
 def report(out, people, shots, holdout, judge, trained_on=False, training=None, network=None):
     """From the videos' folders: scores.csv, table.md, which is printed too, and figure.png.
 
-    people: {video: who it shows}.  judge, trained_on: of table().  training: of add_identity().  network: FID's.
+    people: {video: who it shows}.  training: as in add_identity().  judge, trained_on: as in table().
+    network: FID's.
     """
     rows = {name: read_scores(out / name / "scores.csv") for name in people}
     vectors = {name: read_vectors(out / name / "vectors.npz") for name in people}
@@ -215,8 +223,8 @@ def report(out, people, shots, holdout, judge, trained_on=False, training=None, 
     found = distances(out, rows, vectors, network)
     held_out = len(set(people.values()))
     text, strangers, same = table(numbers, found, judge=judge, held_out=held_out, trained_on=trained_on)
-    text += "\n\n" + caption(judge=judge, strangers=strangers, same=same, videos=len(people), holdout=holdout,
-                             trained_on=trained_on, training=training is not None)
+    text += "\n\n" + caption(judge=judge, strangers=strangers, same=same, videos=len(people),
+                             holdout=holdout, trained_on=trained_on, training=training is not None)
     with atomic(out / "table.md") as temporary:
         Path(temporary).write_text(text + "\n")
     print(text)
@@ -242,17 +250,19 @@ def figure(out, videos, shots, columns, limit=3):
         pen.multiline_text((left + 4 + cell * c, 2), title, "black")
     for r, (name, T) in enumerate(rows):
         pen.text((4, top + cell * r + cell // 2), f"T = {T}", "black")
-        for c, file in enumerate([f"T0 {SOURCE}", f"T0 {REAL}", *(f"T{T} {method}" for method in columns)]):
+        files = [f"T0 {SOURCE}", f"T0 {REAL}", *(f"T{T} {method}" for method in columns)]
+        for c, file in enumerate(files):
             frame = Image.fromarray(read_strip(f"{out}/{name}/{file}.png")[0])
-            picture.paste(frame.resize((cell, cell), Image.BICUBIC), (left + cell * c, top + cell * r))
+            frame = frame.resize((cell, cell), Image.BICUBIC)
+            picture.paste(frame, (left + cell * c, top + cell * r))
     with atomic(f"{out}/figure.png") as temporary:
         picture.save(temporary, "PNG")
 
 
 def user_study(folder, out, people, shots, seed):
-    """Sec. 4: triplets of two real frames and a fake one of the same person, as one page that needs no server.
+    """Sec. 4: triplets of two real frames and a fake one of the same person, as a page of its own.
 
-    people: {video: who it shows}.
+    people: {video: who it shows}.  The page needs no server.
     """
     rng, triplets = np.random.default_rng(seed), []
     draw = lambda items, n: [items[k] for k in rng.choice(len(items), n, replace=False)]
