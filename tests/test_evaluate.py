@@ -174,7 +174,7 @@ def at(*degrees):
 def test_rank_by_hand():
     people = at(0, 40, 90)
     assert metrics.rank(at(5, 25, 70), people, 0).tolist() == [1, 2, 3]
-    assert metrics.rank(at(5, 25, 70), people, 1).tolist() == [2, 1, 1]
+    assert metrics.rank(at(5, 25, 70), people, 1).tolist() == [2, 1, 2]
     assert metrics.mean_vector(at(10, 70)) == pytest.approx(at(40)[0])
 
 
