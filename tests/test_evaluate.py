@@ -17,8 +17,9 @@ import infer
 import metrics
 import protocol
 import report
+import timing
 from conftest import PHOTO, ROOT, networks, succeed
-from data import PreparedVideos, evenly
+from data import PreparedVideos
 from faces import crop, face_box, read_photo, to_crop
 from files import UserError, save_tensors
 from finetune import learn_person
@@ -79,7 +80,7 @@ def test_equal_images_score_one(astronaut, recognise):
 
 
 def test_ssim_is_that_of_its_paper(astronaut):
-    """The formula of [41] at one place: 11 x 11 Gaussian of 1.5 pixels, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2."""
+    """Its formula at one place: 11 x 11 Gaussian of 1.5 pixels, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2."""
     a = astronaut[0][:11, :11]
     b = np.roll(a, 2, axis=1)
     g = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
@@ -120,8 +121,8 @@ def gaussian(deviations, turn=np.eye(2), mean=(0, 0)):
 
 
 def test_frechet_distance_of_two_known_gaussians():
-    """Along the same axes it is |mean - mean'|^2 + sum (s - s')^2; turned by 45 degrees, by the closed form of 2 x 2:
-    tr (C C')^1/2 = (tr C C' + 2 (det C C')^1/2)^1/2."""
+    """Along the same axes it is |mean - mean'|^2 + sum (s - s')^2. Turned by 45 degrees it follows from
+    the closed form of 2 x 2: tr (C C')^1/2 = (tr C C' + 2 (det C C')^1/2)^1/2."""
     a = gaussian((1, 2))
     assert np.allclose(np.cov(a.T), np.diag([1, 4]))
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
@@ -179,8 +180,8 @@ def test_rank_by_hand():
 
 
 def test_identity_by_hand():
-    """Three videos of two people, on a circle. a's hold-out frames are at 0 and 20 degrees in one video, 40 and 60 in
-    the other: together the person at 30. b is at 90."""
+    """Three videos of two people, on a circle. a's hold-out frames are at 0 and 20 degrees in one video,
+    at 40 and 60 in the other: together the person at 30. b is at 90."""
     people = {"a1": "a", "b": "b", "a2": "a"}
     vectors = {"a1": {"T0 real frame": at(0, 20), "T1 Ours-FT": at(10, 70)},
                "b": {"T0 real frame": at(80, 100), "T1 Ours-FT": at(50, 95)},
@@ -211,7 +212,7 @@ def test_the_table_counts_them():
     rows += [row(video, 1.0, report.COPY, .6, .1, 1.0, 0.0) for video in "ab"]
     rows += [row("a", 1.0, report.AFTER, .2, .1, 1.0, 0.0), row("a", 1.0, report.AFTER, .3, .1, 1.0, 1.0),
              row("b", 1.0, report.AFTER, .4, .5, 2.0, 0.0), row("b", 1.0, report.AFTER, .5, .1, 1.0, 0.0)]
-    found = {"T0 real frame": {"frechet": 0.0}, "T1 copy of the source": {}, "T1 Ours-FT": {"frechet": .25}}
+    found = {"T0 real frame": {}, "T1 copy of the source": {}, "T1 Ours-FT": {"frechet": .25}}
     text, strangers, same = report.table(rows, found, judge="dlib", held_out=7, trained_on=True)
     assert (strangers, same) == (pytest.approx(.1), pytest.approx(.6))
     head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
@@ -251,7 +252,8 @@ def test_parts_are_contiguous_with_a_second_between_them():
 
 def test_a_video_learns_from_its_first_part_and_holds_out_its_last(tmp_path):
     """Frames at an uneven rate, of two clips: the time between clips is unknown, so it doesn't count."""
-    file, seconds = [0] * 30 + [1] * 30, [*np.cumsum(np.tile([.02, .06], 15)), *(500 + np.arange(30) * .04)]
+    file = [0] * 30 + [1] * 30
+    seconds = [*np.cumsum(np.tile([.02, .06], 15)), *(500 + np.arange(30) * .04)]
     data = timed(tmp_path, video=(file, seconds))
     clock = protocol.clock(data, 0)
     assert clock[[0, 29, 30, 59]] == pytest.approx([0, 1.18, 1.18, 2.34])
@@ -391,7 +393,8 @@ def test_table_scores_and_figure(evaluated):
     assert re.findall(r"^\| ([^|]+?) \(2\) \|", table, re.M) == METHODS
     # a number of the table, computed again from the scores
     told = re.search(r"^\| Ours-FT \(2\) \| n/a \| n/a \| ([\d.]+) ± ([\d.]+)", table, re.M)
-    pick = lambda method, video: [float(r["ssim"]) for r in rows if (r["method"], r["video"]) == (method, video)]
+    of = lambda method, video: [r for r in rows if (r["method"], r["video"]) == (method, video)]
+    pick = lambda method, video: [float(r["ssim"]) for r in of(method, video)]
     means = [np.mean(pick("Ours-FT", video)) for video in ("head 1000", "head 1001")]
     assert float(told[1]) == pytest.approx(np.mean(means), abs=6e-4)
     assert float(told[2]) == pytest.approx(abs(means[0] - means[1]) / 2, abs=6e-4)
@@ -424,8 +427,8 @@ def test_the_user_study_knows_its_fakes(evaluated):
     assert len(triplets) == 2 * 3 and {t["method"] for t in triplets} == methods
     assert len({t["fake"] for t in triplets}) > 1
     for t in triplets:
-        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in t["pictures"]]
-        pictures = [picture.tobytes() for picture in pictures]
+        files = [io.BytesIO(base64.b64decode(url.split(",")[1])) for url in t["pictures"]]
+        pictures = [np.asarray(Image.open(file)).tobytes() for file in files]
         method, T = re.fullmatch(r"(.*) \((\d)\)", t["method"]).groups()
         frames = lambda name: report.read_strip(folder / "out" / t["video"] / f"{name}.png")
         strip = lambda name: [frame.tobytes() for frame in frames(name)]
@@ -443,8 +446,8 @@ class Colours(torch.nn.Module):
 
 
 def test_videos_with_times_and_people_of_the_training(tmp_path, checkpoint):
-    """Two clips of drawn heads, held out; the training has two other heads, each with an earlier clip of VoxCeleb's."""
-    heads = lambda i, frames: (np.stack(part) for part in zip(*(ToyHeads(9, 64).draw(i, t) for t in frames)))
+    """Two clips of drawn heads are held out; the training has two other heads, one of them in two clips."""
+    heads = lambda i, frames: ToyHeads(9, 64).load(i, lambda count: frames)
     times = {"file": [0] * 40, "seconds": np.arange(40) / 10}
     for i in (0, 1):
         prepare(tmp_path / f"held/head{i}.pt", *heads(i, range(40)), **times)
@@ -466,7 +469,7 @@ def test_videos_with_times_and_people_of_the_training(tmp_path, checkpoint):
     recognise = metrics.torchscript_recognition(str(tmp_path / "colours.ts"), "cpu")
     data, training = PreparedVideos(str(tmp_path / "train")), []
     for sequences in ((0, 1), (2,)):        # id2 and id3
-        faces = [face for i in sequences for face in zip(*data.load(i, lambda count: evenly(list(range(count)), 4)))]
+        faces = [face for i in sequences for face in zip(*data.load(i, lambda count: [0, 2, 3, 5]))]
         mean = np.mean([recognise(*face) for face in faces], axis=0)
         training.append(mean / np.linalg.norm(mean))
     assert np.allclose(np.load(tmp_path / "out/training.npz")["vectors"], training)
@@ -480,10 +483,12 @@ def test_videos_with_times_and_people_of_the_training(tmp_path, checkpoint):
             mine = [row for row in rows if (row["video"], row["method"]) == (f"head{i}", method)]
             nearer = [max(f @ t for t in training) > f @ persons[i] for f in found]
             assert [row["nearer_training"] for row in mine] == [str(int(v)) for v in nearer]
-            assert [row["rank"] for row in mine] == [str(1 + (f @ persons[1 - i] > f @ persons[i])) for f in found]
+            ranks = [1 + (f @ persons[1 - i] > f @ persons[i]) for f in found]
+            assert [row["rank"] for row in mine] == list(map(str, ranks))
             seen |= {(row["rank"], row["nearer_training"]) for row in mine}
     assert len(seen) > 1
-    real, copy = (np.concatenate([vectors[i][name] for i in (0, 1)]) for name in ("T0 real frame", "T1 copy of the source"))
+    both = lambda name: np.concatenate([vectors[0][name], vectors[1][name]])
+    real, copy = both("T0 real frame"), both("T1 copy of the source")
     assert f"| copy of the source (1) | n/a | {metrics.frechet(real, copy):.3f} |" in said
 
     # the people of the training are looked at once
@@ -493,9 +498,16 @@ def test_videos_with_times_and_people_of_the_training(tmp_path, checkpoint):
 
 
 def test_as_a_user_runs_it(tmp_path, checkpoint):
-    """In a process of its own: Table 2, with all of fine-tuning's epochs."""
-    said = succeed("evaluate.py", "--toy", "--videos", "1", "--shots", "1", "--timing", "--checkpoint", checkpoint,
-                   cwd=tmp_path)
+    """In a process of its own, with all of fine-tuning's epochs and every default but the size."""
+    said = succeed("evaluate.py", "--toy", "--videos", "1", "--shots", "1", "--holdout", "1",
+                   "--checkpoint", checkpoint, cwd=tmp_path)
+    assert "| Ours-FT (1) |" in said and "wrote runs/eval/table.md" in said
+    assert (tmp_path / "runs/eval/figure.png").exists()
+
+
+def test_timing_prints_table_2(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(timing, "EPOCHS", 2)
+    said = command("--toy", "--videos", "1", "--shots", "1", "--timing", "--checkpoint", checkpoint, cwd=tmp_path)
     seconds = [float(s) for s in re.findall(r"\| ([\d.]+) s \| [\d.]+ s \|", said)]
     assert len(seconds) == 3 and 0 < seconds[0] < seconds[1] and "CPU" in said and "43.84 s" in said
 
