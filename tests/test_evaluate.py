@@ -49,6 +49,7 @@ def timed(folder, **videos):
                 np.zeros((count, 68, 2), np.float32), **times)
     return PreparedVideos(str(folder))
 
+
 # ------------------------------------------------------------------------------------------- the protocol
 
 class Folder:

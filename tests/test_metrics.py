@@ -27,6 +27,7 @@ def astronaut(detect):
 def recognise():
     return metrics.dlib_recognition()
 
+
 # -------------------------------------------------------------------------------------------- the metrics
 
 def test_equal_images_score_one(astronaut, recognise):
