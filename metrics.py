@@ -13,83 +13,132 @@ SIDE = 256  # smaller frames are enlarged to this many pixels before a face is l
 
 
 def ssim(a, b):
-    """Structural similarity [41] with its authors' Gaussian window: uint8 (S, S, 3) twice -> 1 for equal images."""
+    """Structural similarity [41], with its authors' Gaussian window, of two frames uint8 (S, S, 3)."""
     from skimage.metrics import structural_similarity
-    return float(structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    return float(structural_similarity(a, b, channel_axis=2, **window))
 
+
+# ------------------------------------------------------------------------------------------- landmarks
 
 def enlarged(frame, points):
     """-> the frame at 256 pixels or more, and its landmarks there."""
     scale = max(1, SIDE / len(frame))
     size = round(len(frame) * scale)
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.BICUBIC)), (points + 0.5) * scale - 0.5
+    frame = np.asarray(Image.fromarray(frame).resize((size, size), Image.BICUBIC))
+    return frame, (points + 0.5) * scale - 0.5      # pixel centres to pixel centres
 
 
 def landmark_error(frame, points, detect):
-    """The 68 points found again on a frame against the driving ones, in per cent of the distance between the outer eye
-    corners; None where no face is found."""
+    """The 68 points found again on a frame against the driving ones, in per cent of the distance between
+    the outer eye corners; None where no face is found."""
     frame, points = enlarged(frame, points)
     again = detect(frame)
     if again is None:
         return None
-    return float(100 * np.linalg.norm(again - points, axis=1).mean() / np.linalg.norm(points[36] - points[45]))
+    error = np.linalg.norm(again - points, axis=1).mean()
+    return float(100 * error / np.linalg.norm(points[36] - points[45]))
 
+
+# ----------------------------------------------------------- CSIM: the cosine of two of these vectors
 
 def dlib_recognition():
-    """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, of the network in face-recognition-models."""
+    """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, by dlib's network."""
     import dlib
     net = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
 
     def vector(frame, points):
         frame, points = enlarged(frame, points)
-        shape = dlib.full_object_detection(dlib.rectangle(0, 0, *frame.shape[:2]), [dlib.point(*p) for p in points.round().astype(int).tolist()])
-        v = np.array(net.compute_face_descriptor(frame, shape))  # aligned by the landmarks
+        corners = [dlib.point(*p) for p in points.round().astype(int).tolist()]
+        shape = dlib.full_object_detection(dlib.rectangle(0, 0, *frame.shape[:2]), corners)
+        v = np.array(net.compute_face_descriptor(frame, shape))     # dlib aligns the face by its landmarks
         return v / np.linalg.norm(v)
 
     return vector
 
 
-ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)]  # eyes, nose, mouth at 112 pixels
+# Where an aligned face of 112 pixels has the person's right eye, left eye, nose and corners of the mouth.
+ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)]
 
 
 def torchscript_recognition(path, device):
-    """-> vector() as above, of an ArcFace-like network: RGB (1, 3, 112, 112) in [-1, 1], aligned -> (1, n)."""
+    """-> vector() as above, by an ArcFace-like network.
+
+    It takes RGB (1, 3, 112, 112) in [-1, 1], aligned, and returns (1, n).
+    """
     from skimage.transform import estimate_transform, warp
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is on its way out; such files are not
+        # torch.jit is on its way out, and warns; such files are not
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             net = torch.jit.load(path, device).eval()
         if net(torch.zeros(1, 3, 112, 112, device=device)).ndim != 2:
             raise ValueError("its result is no vector")
     except Exception as e:  # torch raises many types on foreign files
-        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) ({type(e).__name__})") from None
+        kind = type(e).__name__
+        raise UserError(f"{path} is not a TorchScript network that makes (1, n) of (1, 3, 112, 112) "
+                        f"({kind})") from None
 
     def vector(frame, points):
         five = [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
         align = estimate_transform("similarity", np.array(five), np.array(ARCFACE_POINTS))
-        face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True).round().astype(np.uint8)
+        face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True)
+        face = face.round().astype(np.uint8).transpose(2, 0, 1).copy()
+        x = to_float(torch.from_numpy(face)[None], device)
         with torch.no_grad():
-            v = net(to_float(torch.from_numpy(face.transpose(2, 0, 1).copy())[None], device))[0].cpu().double().numpy()
+            v = net(x)[0].cpu().double().numpy()
         return v / np.linalg.norm(v)
 
     return vector
 
 
+# ------------------------------------------------------- whom a frame shows, by vectors of norm 1
+
+def mean_vector(vectors):
+    """(n, d) -> (d,), of norm 1 again: a person by n frames."""
+    mean = np.mean(vectors, axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+def rank(vectors, people, k):
+    """Of every vector (n, d): 1 where person k is the nearest of the people (P, d), 2 where one is nearer."""
+    cosines = vectors @ people.T                                        # (n, P)
+    return 1 + (cosines > cosines[:, [k]]).sum(axis=1)
+
+
+# --------------------------------------------------------------------------------- Frechet distances
+
+def frechet(real, fake):
+    """Frechet distance between two Gaussians, which have the moments of vectors (n, d) and (m, d).
+
+    |mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2). Only of one certain network's features it is the FID [13].
+    """
+    C, C_fake = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    values, vectors = np.linalg.eigh(C)
+    root = vectors * values.clip(0) ** .5 @ vectors.T                   # C^1/2
+    # C C' has the eigenvalues of C^1/2 C' C^1/2, which is symmetric: no imaginary parts where n is small
+    trace = np.linalg.eigvalsh(root @ C_fake @ root).clip(0) ** .5
+    shift = real.mean(0) - fake.mean(0)
+    return float(shift @ shift + C.trace() + C_fake.trace() - 2 * trace.sum())
+
+
 def inception(path, device):
-    """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError if the file is not its weights."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    """FID's network by torch-fidelity: uint8 (B, 3, H, W) -> (B, 2048). UserError for a foreign file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # the library would run a pickle's code
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
+        net = Extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
-        raise UserError(f"{path} does not hold the weights of FID's network ({type(e).__name__})") from None
+        kind = type(e).__name__
+        raise UserError(f"{path} does not hold the weights of FID's network ({kind})") from None
     return lambda images: net(images.to(device))[0].cpu()
 
 
 def fid_statistics(frames, network):
-    """Mean and covariance of the network's features of frames uint8 (S, S, 3), two or more; by torch-fidelity."""
+    """Mean and covariance of the network's features of two or more frames uint8 (S, S, 3)."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
+    images = torch.from_numpy(np.stack(frames)).movedim(-1, 1)          # (n, 3, S, S)
     with torch.no_grad():
-        features = [network(part).double() for part in torch.from_numpy(np.stack(frames)).movedim(-1, 1).split(32)]
+        features = [network(part).double() for part in images.split(32)]
     return fid_features_to_statistics(torch.cat(features))
 
 

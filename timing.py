@@ -1,0 +1,61 @@
+"""A.1, Table 2: how long few-shot learning takes, and a frame (evaluate.py --timing)."""
+import statistics
+import time
+
+import torch
+
+from device import fast_dtype
+from finetune import EPOCHS, embed, finetune
+from model import load_networks
+from report import AFTER, FF
+
+PAPER = {  # Table 2, seconds
+    (FF, 1): 0.061, (FF, 8): 0.138, (FF, 32): 0.221,
+    (AFTER, 1): 43.84, (AFTER, 8): 85.48, (AFTER, 32): 258.0}
+PAPER_FRAME = 0.139
+
+
+def median_seconds(function, repeats):
+    """After one run to warm up, with the device synchronised."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        elif torch.backends.mps.is_available():
+            torch.mps.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def timing(state, content, x, y, shots, device):
+    """Table 2 in markdown: seconds of few-shot learning and of a frame.
+
+    x, y: (n, 3, S, S), repeated up to T frames.
+    """
+    config, name = state["config"], device
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif device == "cpu":
+        name = f"{torch.get_num_threads()} CPU threads"
+    head = f"| {config.image_size} pixels | ours, {name} | the paper: 256 pixels, P40 |"
+    lines = [head, "|---|---|---|"]
+
+    # few-shot learning
+    for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
+        for T in shots:
+            nets, pick = load_networks(state), torch.arange(T) % len(x)
+            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs)
+            paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
+            seconds = median_seconds(learn, repeats)
+            lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")
+
+    # a frame, as in draw()
+    E, G, _ = load_networks(state)
+    dtype, psi = fast_dtype(device), G.project(embed(E, x[:1], y[:1])[None]).detach()
+    G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
+    psi, picture = psi.to(dtype), y[:1].to(dtype)
+    with torch.inference_mode():
+        seconds = median_seconds(lambda: G.render(picture, psi), 50)
+    return "\n".join(lines + [f"| a frame | {seconds:.4f} s | {PAPER_FRAME} s |"])
