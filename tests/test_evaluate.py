@@ -12,8 +12,9 @@ from PIL import Image
 
 import evaluate
 from conftest import PHOTO, ROOT, fail, networks, succeed
-from faces import crop, face_box, read_photo, to_crop
+from faces import crop, face_box, to_crop
 from files import save_tensors
+from media import read_photo
 from model import save_checkpoint
 from toy import ToyHeads
 
