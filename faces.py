@@ -1,4 +1,4 @@
-"""Faces in pictures: the detectors of the 68 landmarks, the one crop of training, photos and drivers, and photos.
+"""Faces in pictures: the detectors of the 68 landmarks, which face is meant, the one crop of training, photos and drivers.
 
     detect = landmark_detector("dlib")
     points = detect(read_photo("x.jpg"))        # (68, 2), or None
@@ -6,23 +6,58 @@
 import os
 import re
 import sys
-import warnings
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from files import UserError
 
+SURE = 0.5      # a face of this score is hardly ever a false one (dlib's scale: most faces have 1 to 3)
+NEARLY = 0.4    # of the surest one's score: faces that the detector is nearly as sure of
+
+
 # ------------------------------------------------------------------------------------------- detectors
 
+class Face(NamedTuple):
+    box: tuple          # left, top, right, bottom in pixels of the picture
+    score: float        # how sure the detector is: above 0; SURE or more is good
+    side: int = 0       # the longer side of the shrunken copy that it was found on
+
+    def width(self):
+        return self.box[2] - self.box[0]
+
+    def centre(self):
+        left, top, right, bottom = self.box
+        return np.array([(left + right) / 2, (top + bottom) / 2])
+
+
+class Detector:
+    """detect(image uint8 (H, W, 3)): points (68, 2) float32 of the face that is meant, or None. Build it once."""
+
+    sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
+
+    def __call__(self, image):
+        faces = self.faces(image)
+        return self.landmarks(image, which_face(faces, image)) if faces else None
+
+    def faces(self, image, sides=None):
+        """-> [Face], the surest first. sides: of the shrunken copies to look at, until a face is sure; None: all."""
+        raise NotImplementedError
+
+    def landmarks(self, image, face):
+        """-> points (68, 2) float32 of one of the faces."""
+        raise NotImplementedError
+
+
 def landmark_detector(kind):
-    """-> detect(image uint8 (H, W, 3)): points (68, 2) float32 of the largest face, or None. Build it once.
+    """-> a Detector.
 
     kind "fan": face-alignment, the paper's detector [7].  "dlib": the same 68 points, offline and fast on a CPU.
     """
-    return {"fan": _fan_detector, "dlib": _dlib_detector}[kind]()
+    return {"fan": FanDetector, "dlib": DlibDetector}[kind]()
 
 
 def dlib_model(name):
@@ -30,55 +65,168 @@ def dlib_model(name):
     return os.path.join(find_spec("face_recognition_models").submodule_search_locations[0], "models", name)
 
 
-def _dlib_detector():
-    import dlib
-    predictor = dlib.shape_predictor(dlib_model("shape_predictor_68_face_landmarks.dat"))
-    detector = dlib.get_frontal_face_detector()
+class DlibDetector(Detector):
+    sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick, so they go first
 
-    def detect(image):
-        for side in (256, 512, 1024):  # it sees faces of 80 pixels and more; small copies are quick, so they go first
-            scale = side / max(image.shape[:2])
-            boxes = detector(np.asarray(shrink(image, scale)))
-            if boxes:
-                box = max(boxes, key=lambda b: b.area())  # it can see a second, false face
-                box = dlib.rectangle(*(round(v / scale) for v in (box.left(), box.top(), box.right(), box.bottom())))
-                shape = predictor(image, box)
-                return np.array([(p.x, p.y) for p in shape.parts()], np.float32)
-        return None
+    def __init__(self):
+        import dlib
+        self.rectangle = dlib.rectangle
+        self.detector = dlib.get_frontal_face_detector()
+        self.predictor = dlib.shape_predictor(dlib_model("shape_predictor_68_face_landmarks.dat"))
 
-    return detect
+    def faces(self, image, sides=None):
+        found = []
+        for side in sides or self.sides:
+            found = without_doubles(found + self.faces_at(image, side))
+            a_choice = len(found) > 1 and side < 512        # worth a second look
+            if found and found[0].score >= SURE and not a_choice:
+                break
+        return found
+
+    def faces_at(self, image, side):
+        scale = side / max(image.shape[:2])
+        boxes, scores, _ = self.detector.run(np.asarray(shrink(image, scale)), 0, 0.0)
+        edges = [(b.left(), b.top(), b.right(), b.bottom()) for b in boxes]
+        return [Face(tuple(v / scale for v in box), score, side) for box, score in zip(edges, scores)]
+
+    def landmarks(self, image, face):
+        shape = self.predictor(image, self.rectangle(*(round(v) for v in face.box)))
+        return np.array([(p.x, p.y) for p in shape.parts()], np.float32)
 
 
-def _fan_detector():
+class FanDetector(Detector):
+    def __init__(self):
+        import face_alignment
+        download_fan_weights()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:    # compile=False: the default spends minutes compiling on a CPU
+            kind = face_alignment.LandmarksType.TWO_D
+            self.fan = face_alignment.FaceAlignment(kind, device=device, compile=False)
+        except (OSError, RuntimeError) as e:
+            raise no_fan_weights(e) from None
+
+    def faces(self, image, sides=None):
+        scale = self.scale(image)
+        boxes = self.fan.face_detector.detect_from_image(np.asarray(shrink(image, scale)))
+        # its scores are probabilities from 0.5 to 1: 0 to 2 here, so that SURE means about as much as with dlib
+        found = [Face(tuple(float(v) / scale for v in box[:4]), 4 * float(box[4]) - 2) for box in boxes]
+        return without_doubles(found)
+
+    def landmarks(self, image, face):
+        scale = self.scale(image)
+        box = np.array([*face.box, 1.0]) * [scale, scale, scale, scale, 1]
+        points = self.fan.get_landmarks_from_image(np.asarray(shrink(image, scale)), detected_faces=[box])
+        return points[0][:, :2].astype(np.float32) / scale
+
+    @staticmethod
+    def scale(image):
+        return min(1, 640 / max(image.shape[:2]))   # its face detector would take minutes over a whole photo
+
+
+def download_fan_weights():
+    """Once; the library would not check the hash that the names carry."""
     import face_alignment
     from face_alignment.detection.sfd import sfd_detector
-    device, folder = "cuda" if torch.cuda.is_available() else "cpu", os.path.join(torch.hub.get_dir(), "checkpoints")
+    folder = fan_folder()
     try:
         os.makedirs(folder, exist_ok=True)
         for url in (sfd_detector.models_urls["s3fd"], face_alignment.api.models_urls["2DFAN-4"]):
             path = os.path.join(folder, os.path.basename(url))
-            if not os.path.exists(path):    # the library would not check the hash that the name carries
+            if not os.path.exists(path):
                 print(f"Downloading {url} to {path}", file=sys.stderr)
                 published = re.search(r"-([0-9a-f]{8,})\.", url)
                 torch.hub.download_url_to_file(url, path, hash_prefix=published and published[1])
-        # compile=False: the default spends minutes compiling on a CPU
-        fan = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device=device, compile=False)
     except (OSError, RuntimeError) as e:  # no network, a wrong hash
-        raise UserError(f"cannot get the weights of face-alignment ({e}): put them into {folder} yourself, "
-                        "or prepare and train with data.py --landmarks dlib") from None
+        raise no_fan_weights(e) from None
 
-    def detect(image):
-        scale = min(1, 640 / max(image.shape[:2]))  # its face detector would take minutes over a whole photo
-        faces = fan.get_landmarks_from_image(np.asarray(shrink(image, scale)))
-        return max(faces, key=lambda p: np.ptp(p[:, 0]) * np.ptp(p[:, 1]))[:, :2].astype(np.float32) / scale if faces else None
 
-    return detect
+def fan_folder():
+    return os.path.join(torch.hub.get_dir(), "checkpoints")
+
+
+def no_fan_weights(error):
+    return UserError(f"cannot get the weights of face-alignment ({error}): put them into {fan_folder()} yourself, "
+                     "or prepare and train with data.py --landmarks dlib")
 
 
 def shrink(image, scale):
     """uint8 (H, W, 3) -> a PIL picture, `scale` times as large."""
     height, width = image.shape[:2]
-    return Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BILINEAR)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Image.fromarray(image).resize(size, Image.BILINEAR)
+
+
+# ------------------------------------------------------------------------------------------ which face
+
+def overlap(a, b):
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def without_doubles(faces):
+    """[Face], the surest first, each face once: on copies of several sizes it is found several times."""
+    kept = []
+    for face in sorted(faces, key=lambda f: f.score, reverse=True):
+        if all(overlap(face.box, other.box) < 0.3 for other in kept):
+            kept.append(face)
+    return kept
+
+
+def which_face(faces, image):
+    """The face that is meant: the one the detector is surest of. Size and place decide among those it is nearly as
+    sure of. Of 134 photos of LFW with several boxes, 2 then show another than the central person."""
+    middle = np.array(image.shape[1::-1]) / 2
+    surest = max(face.score for face in faces)
+
+    def merit(face):
+        distance = np.linalg.norm((face.centre() - middle) / middle)     # 0 in the middle, 1 at the end of an axis
+        return face.width() * np.exp(-distance)
+
+    return max((face for face in faces if face.score >= NEARLY * surest), key=merit)
+
+
+def words_on_choice(faces, chosen, path):
+    """One line where there was a real choice, else None."""
+    sure = [face for face in faces if face is chosen or face.score >= SURE]
+    if len(sure) < 2:
+        return None
+    other = "the other" if len(sure) == 2 else "another"
+    return f"{len(sure)} faces in {path}: took the one {where(chosen, sure)}; crop the photo to choose {other}"
+
+
+def where(face, faces):
+    """"on the left", "in the middle" and so on: the place of one of the faces among them."""
+    centres = np.array([f.centre() for f in faces])
+    axis = int(np.argmax(np.ptp(centres, axis=0)))      # the one along which they lie apart
+    place, places = face.centre()[axis], centres[:, axis]
+    if place <= places.min():
+        return ("on the left", "at the top")[axis]
+    if place >= places.max():
+        return ("on the right", "at the bottom")[axis]
+    return "in the middle"
+
+
+TURNED = {1: "lies on its side: turned it to the left", 2: "is upside down: turned it round",
+          3: "lies on its side: turned it to the right"}
+
+
+def upright(image, detector):
+    """-> (image, [Face], k): a picture that lies on its side or head is turned by k times 90 degrees, as np.rot90 does."""
+    best = image, detector.faces(image), 0
+    sure = best[1][0].score if best[1] else 0.0
+    if sure >= SURE:
+        return best
+    for k in (1, 3, 2):
+        turned = np.ascontiguousarray(np.rot90(image, k))
+        faces = detector.faces(turned)
+        if faces and faces[0].score >= sure + SURE:     # clearly surer than as it lies
+            best, sure = (turned, faces, k), faces[0].score
+    return best
 
 
 # ------------------------------------------------------------------------------------------------ crops
@@ -86,7 +234,8 @@ def shrink(image, scale):
 def face_box(points):
     """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3): centre x, y and half side.
 
-    Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows."""
+    Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows.
+    """
     eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
     mouth = points[..., [48, 54], :].mean(-2)
     between = eyes.mean(-2)
@@ -102,7 +251,8 @@ def steady_boxes(points, times):
     points (n, 68, 2), times (n,) in seconds -> (n, 3). Nothing is averaged across a cut, where the face jumps.
     """
     boxes = face_box(points)
-    shot = np.cumsum(np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1) > boxes[:, 2])
+    moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
+    shot = np.cumsum(moves > boxes[:, 2])
     result = np.empty_like(boxes)
     for k, t in enumerate(times):
         a, b = np.searchsorted(times, [t - 3, t + 3])
@@ -123,10 +273,13 @@ def crop(image, box, size):
     height, width = image.shape[:2]
     (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
     edges = np.array([x - half, y - half, x + half, y + half])
-    over = np.ceil(np.array([-edges[0], -edges[1], edges[2] - width, edges[3] - height])).clip(0).astype(int)
-    if over.any():  # reflection: repeated edges draw streaks, which a generator then learns
-        image = np.pad(image, ((over[1], over[3]), (over[0], over[2]), (0, 0)), mode="reflect" if min(height, width) > 1 else "edge")
-        edges += np.tile(over[:2], 2)
+    beyond = np.array([-edges[0], -edges[1], edges[2] - width, edges[3] - height])
+    left, top, right, bottom = np.ceil(beyond).clip(0).astype(int)
+    if left or top or right or bottom:
+        # reflection: repeated edges draw streaks, which a generator then learns
+        mode = "reflect" if min(height, width) > 1 else "edge"
+        image = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode)
+        edges += (left, top, left, top)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, box=tuple(edges)))
 
 
@@ -137,24 +290,3 @@ def to_crop(points, box, size):
     result *= (size / (2 * half)).astype(np.float32)
     result -= 0.5
     return result
-
-
-# ----------------------------------------------------------------------------------------------- photos
-
-def read_photo(path):
-    """-> uint8 (H, W, 3), upright (EXIF), alpha over white, the first picture of an animation. UserError if it is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
-                    image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UserError(f"{path} is not a picture that can be read ({e})") from None

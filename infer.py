@@ -7,6 +7,7 @@
 The result has the driver's frames, time stamps and sound. Memory does not grow with the driver's length but for the
 landmarks themselves, half a kilobyte a frame.
 """
+import os
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn
                       save_person)
 from device import default_device, fast_dtype
 from model import load_checkpoint, load_person
-from video import load_track, save_track, track_video, write_video
+from sound import usable_sound
+from video import SUFFIXES, load_track, save_track, track_video, write_video
 
 
 def read_driver(path, config, detect):
@@ -73,6 +75,8 @@ def main():
     args = parser.parse_args()
     if args.person and (args.feed_forward or args.save_person):
         raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
+    if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
+        raise UserError(f"--out {args.out}: it becomes an mp4, and a player goes by the name: end it in .mp4")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
     check_paths(inputs, [args.out, args.save_person, args.save_track])
 
@@ -89,6 +93,7 @@ def main():
         x, y = load_faces(args.photo, config, detect)
         content = None if args.feed_forward else content_loss(args, config)
     track = read_driver(args.driver, config, detect)
+    sound_from = None if is_track else usable_sound(args.driver)
     if args.save_track:
         save_track(args.save_track, track)
 
@@ -99,7 +104,7 @@ def main():
         if args.save_person:
             save_person(args.save_person, *person)
     frames = render(G, psi, track.in_crops(config.image_size), config.image_size, source if args.compare else None)
-    write_video(args.out, frames, track.pts, track.time_base, None if is_track else args.driver)
+    write_video(args.out, frames, track.pts, track.time_base, sound_from)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")
 
 

@@ -1,9 +1,9 @@
-"""Videos: reading frames, following a face, writing mp4 with the driver's sound.
+"""Videos: following a face through them, and writing an mp4 with the driver's sound.
 
     track = track_video("v.mp4", landmark_detector("dlib"), "dlib")     # the landmarks of every frame
     write_video("result.mp4", frames, track.pts, track.time_base, sound_from="v.mp4")
 """
-import os
+import math
 from array import array
 from fractions import Fraction
 from itertools import chain
@@ -12,59 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from faces import steady_boxes, to_crop
+from faces import NEARLY, SURE, TURNED, overlap, steady_boxes, to_crop, which_face, where
 from files import UserError, atomic, warn
+from media import open_media, read_video, to_rgb
+from sound import Sound
 
-# ---------------------------------------------------------------------------------------------- reading
-
-def read_video(path, complain=warn):
-    """Yield every frame of a video as an av.VideoFrame, with pts (rising) and time_base, streaming.
-
-    UserError if there is no frame to be had; what ends early is used as far as it goes, and `complain` is told.
-    """
-    import av
-    last, offset, count, problem = None, 0, 0, "it ends early"
-    try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video in it")
-            stream = container.streams.video[0]
-            base, rate = stream.time_base, stream.average_rate or 25
-            expected = stream.frames or float((container.duration or 0) / av.time_base * rate)
-            for frame in container.decode(stream):
-                pts = frame.pts if frame.pts is None else frame.pts + offset
-                if pts is None or (last is not None and pts <= last):  # every frame needs a time of its own
-                    following = 0 if last is None else last + max(1, round(1 / (rate * base)))
-                    if pts is not None and (last - pts) * base > 1:    # the clock started anew: it goes on from here
-                        offset += following - pts
-                    pts = following
-                frame.pts, frame.time_base = pts, base
-                last, count = pts, count + 1
-                yield frame
-    except (av.FFmpegError, OSError) as e:
-        problem = e.strerror or str(e)
-        if not count:
-            raise UserError(f"no file {path}" if not os.path.exists(path) else f"{path} is not a video that can be read ({problem})") from None
-    if not count:
-        raise UserError(f"{path} is a video without a frame that can be read")
-    if count < 0.95 * expected - 1 or problem != "it ends early":  # containers' own counts are a little off at times
-        complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({problem})")
-
-
-def count_frames(path):
-    """How many frames a video has, without decoding it; 0 if it cannot be read."""
-    import av
-    try:
-        with av.open(os.fspath(path)) as container:
-            return sum(packet.size > 0 for packet in container.demux(video=0))
-    except (av.FFmpegError, OSError, IndexError):
-        return 0
-
-
-def to_rgb(frame):
-    """av.VideoFrame -> uint8 (H, W, 3), upright: phones store the rotation beside the pixels."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-
+# ----------------------------------------------------------------------------------------------- tracks
 
 class Track(NamedTuple):
     """The landmarks of a video, in pixels of its upright frames; times are pts * time_base[0] / time_base[1] seconds."""
@@ -73,6 +26,7 @@ class Track(NamedTuple):
     pts: np.ndarray         # (n,) int64
     time_base: np.ndarray   # (2,) int64
     detector: str           # fan | dlib
+    turns: int = 0          # a video that lay on its side: by how many times 90 degrees np.rot90 makes it upright
 
     def seconds(self):
         return self.pts * (self.time_base[0] / self.time_base[1])
@@ -82,35 +36,20 @@ class Track(NamedTuple):
         return to_crop(self.points, steady_boxes(self.points, self.seconds()), size)
 
 
-def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
-    """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them."""
-    points, found, pts, frames = array("f"), array("b"), array("q"), read_video(path, complain)  # an object a frame would fragment memory
-    frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
-    for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
-        if keep(k):
-            face = detect(to_rgb(frame))
-            found.append(face is not None)
-            points.frombytes(np.zeros((68, 2), np.float32).tobytes() if face is None else face.tobytes())
-            pts.append(frame.pts)
-    found, points = np.array(found, bool), np.frombuffer(points, np.float32).reshape(-1, 68, 2)
-    if not found.any():
-        raise UserError(f"no face found in any of the {len(points)} frames of {path}")
-    before = np.maximum.accumulate(np.where(found, np.arange(len(points)), np.argmax(found)))
-    base = frame.time_base
-    return Track(points[before], found, np.array(pts, np.int64),
-                 np.array([base.numerator, base.denominator], np.int64), detector)
+STORED = Track._fields[:-1]     # in a file; its points are those of the upright frames
 
 
 def save_track(path, track):
     """Write a track as .npz, by way of a temporary name."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **track._asdict())
+        np.savez_compressed(file, **{name: getattr(track, name) for name in STORED})
 
 
 def load_track(path):
+    """-> Track of save_track. UserError if the file is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            track = Track(*(file[name] for name in Track._fields))
+            track = Track(*(file[name] for name in STORED))
         n = len(track.pts)
         shapes = [track.points.shape, track.found.shape, track.pts.shape, track.time_base.shape]
         if (n == 0 or shapes != [(n, 68, 2), (n,), (n,), (2,)] or not np.isfinite(track.points).all()
@@ -123,79 +62,184 @@ def load_track(path):
         raise UserError(f"{path} is not a landmark track ({e})") from None
 
 
+# ------------------------------------------------------------------------------------------- following
+
+class Follower:
+    """Which face of a video is looked at: within a shot the one that was followed; chosen anew only after a cut or a
+    second without it."""
+
+    LOST = 1.0          # seconds without the followed face, after which another one may be chosen
+    PATIENCE = 0.5      # seconds between two looks at large copies of frames that show no face: they take long
+
+    def __init__(self, detector, turns=0):
+        self.detector, self.turns = detector, turns
+        self.face = None            # the followed one, where it was seen last
+        self.seen = -math.inf       # when, in seconds
+        self.missed = 0             # looks since then
+        self.searched = -math.inf   # when the large copies were looked at last
+        self.thumbnail = None       # of the frame before, to tell a cut
+        self.looks = self.with_others = self.choices = 0
+        self.place = None           # of the face that was chosen first among others, in words
+        self.turned = np.zeros(4, int)  # how many of the searches showed a face with the frame turned so
+
+    def is_cut(self, thumbnail):
+        """Whether a new shot begins: small copies (32, 32) of the frame and the one before it have little in common."""
+        before, self.thumbnail = self.thumbnail, thumbnail.astype(np.float32)
+        return before is None or np.abs(self.thumbnail - before).mean() > 20
+
+    def look(self, image, seconds, cut):
+        """image uint8 (H, W, 3) -> points (68, 2) of the followed face in it, None where it is not to be seen."""
+        self.looks += 1
+        lost = self.missed >= 2 and seconds - self.seen > self.LOST
+        if self.face is not None and not cut and not lost:
+            faces, chosen = self.find_again(image)
+        else:
+            faces, chosen = self.choose(image, seconds, cut)
+        others = [face for face in faces if face is not chosen and face.score >= SURE]
+        self.with_others += bool(others)
+        if chosen is None:
+            self.missed += 1
+            return None
+        if others and self.place is None:
+            self.place = where(chosen, [chosen, *others])
+        self.face, self.seen, self.missed = chosen, seconds, 0
+        return self.detector.landmarks(image, chosen)
+
+    def find_again(self, image):
+        """-> ([Face] of the frame, the followed one or None): where it was, about as large."""
+        sides, last = self.detector.sides, self.face
+        at = sides.index(last.side)
+        if at > 0 and last.width() * sides[at - 1] / max(image.shape[:2]) > 100:    # it would be found on a smaller copy
+            at -= 1
+        faces, again = [], None
+        for side in sides[at:at + 2]:       # a face that grows smaller is found on the next one
+            faces = self.detector.faces(image, (side,))
+            near = [face for face in faces if is_near(face, last)]
+            if near:
+                again = max(near, key=lambda face: overlap(face.box, last.box))
+                break
+        surest = max(faces, key=lambda face: face.score, default=None)
+        if surest and last.score < SURE <= surest.score:    # what was followed hardly looked like a face
+            again = surest
+        return faces, again
+
+    def choose(self, image, seconds, cut):
+        """-> ([Face] of the frame, the one to follow from here on or None)."""
+        thorough = cut or seconds - self.searched >= self.PATIENCE
+        faces = self.detector.faces(image, None if thorough else self.detector.sides[:1])
+        if thorough:
+            self.searched = seconds
+        if not faces:
+            if thorough:
+                self.look_turned(image)
+            return [], None
+        chosen = which_face(faces, image)
+        if self.face is not None:           # a flash is no cut: rather the same face, if it is where it was
+            same = [face for face in faces if is_near(face, self.face) and face.score >= NEARLY * chosen.score]
+            chosen = max(same, key=lambda face: overlap(face.box, self.face.box), default=chosen)
+            self.choices += not same
+        return faces, chosen
+
+    def look_turned(self, image):
+        for k in (1, 2, 3):
+            faces = self.detector.faces(np.ascontiguousarray(np.rot90(image, k)), self.detector.sides[:2])
+            self.turned[k] += bool(faces and faces[0].score >= SURE)
+
+    def report(self, path):
+        """One line on what was chosen, None where there was no choice."""
+        if not self.with_others:
+            return None
+        words = f"{path}: {self.with_others} of {self.looks} frames show others too: followed the face {self.place}"
+        if self.choices:
+            words += f", and chose anew {self.choices} times, after a cut or a second without it"
+        return words
+
+
+def is_near(face, last):
+    """Whether a face can be the one that was at `last` a moment ago: it overlaps, or is next to it and as large."""
+    if overlap(face.box, last.box) > 0.2:
+        return True
+    distance = np.linalg.norm(face.centre() - last.centre())
+    return distance < 0.7 * last.width() and 0.5 < face.width() / last.width() < 2
+
+
+def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
+    """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them.
+
+    detect: a faces.Detector of the kind `detector`.  complain(line) is told what is not as it should be.
+    """
+    follower = Follower(detect)
+    track = follow_face(path, follower, detector, keep, progress, complain)
+    turns = int(np.argmax(follower.turned))
+    if follower.turned[turns] and track.found.mean() < 0.1:     # it lies on its side: once more, upright
+        again = Follower(detect, turns)
+        turned = follow_face(path, again, detector, keep, progress, lambda line: None)
+        if turned.found.sum() > track.found.sum():
+            follower, track = again, turned
+            complain(f"{path} {TURNED[turns]}")
+    if not track.found.any():
+        raise UserError(f"no face found in any of the {len(track.found)} frames of {path}, however turned")
+    if follower.report(path):
+        complain(follower.report(path))
+    before = np.maximum.accumulate(np.where(track.found, np.arange(len(track.found)), np.argmax(track.found)))
+    return track._replace(points=track.points[before])
+
+
+def follow_face(path, follower, detector, keep, progress, complain):
+    """-> Track whose points are 0 where no face was found."""
+    points, found, pts = array("f"), array("b"), array("q")     # an object a frame would fragment memory
+    frames = read_video(path, complain)
+    frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
+    cut = False
+    for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
+        small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
+        cut = follower.is_cut(small) or cut         # of any frame since the last one that was kept
+        if not keep(k):
+            continue
+        image = np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns))
+        face = follower.look(image, float(frame.pts * frame.time_base), cut)
+        cut = False
+        found.append(face is not None)
+        points.frombytes((np.zeros((68, 2), np.float32) if face is None else face).tobytes())
+        pts.append(frame.pts)
+    base = np.array([frame.time_base.numerator, frame.time_base.denominator], np.int64)
+    points = np.frombuffer(points, np.float32).reshape(-1, 68, 2)
+    return Track(points, np.array(found, bool), np.array(pts, np.int64), base, detector, follower.turns)
+
+
 # ---------------------------------------------------------------------------------------------- writing
 
+SUFFIXES = ("", ".mp4", ".m4v", ".mov")     # of what write_video writes
+
+
 def write_video(path, frames, pts, time_base, sound_from=None):
-    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name.
+    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
 
     frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
     time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
-    or encoded anew as AAC where mp4 cannot hold its codec.
+    or encoded anew as AAC where mp4 cannot hold its codec; it moves by as much as the pictures.
     """
     import av
     base = Fraction(*map(int, time_base))
-    shift = -min(0, int(pts[0])) * base     # mp4 hides what comes before 0
-    pts = pts - min(0, pts[0])
+    start = int(pts[0]) * base
+    pts = pts - pts[0]
     rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001) if len(pts) > 1 else 25
     options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
     with atomic(path) as temporary:
         try:
-            with av.open(temporary, "w", format="mp4", options=options) as out:
+            with open_media(temporary, "w", format="mp4", options=options) as out:
                 stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
-                sound = _sound(sound_from, out, shift) if sound_from else iter(())
-                packet = None
-                for frame, stamp in zip(frames, pts, strict=True):
-                    if packet is None:  # size and format must be set before the first mux
-                        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                        stream.codec_context.time_base = base
-                        packet = next(sound, False)
-                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                    picture.pts, picture.time_base = int(stamp), base
-                    while packet and (packet.pts or 0) * packet.time_base <= stamp * base:  # interleaved: memory stays flat
-                        out.mux(packet)
-                        packet = next(sound, False)
-                    out.mux(stream.encode(picture))
-                out.mux(stream.encode())
-                while packet:
-                    out.mux(packet)
-                    packet = next(sound, False)
+                with Sound(sound_from, out, start) as sound:
+                    for frame, stamp in zip(frames, pts, strict=True):
+                        if not stream.width:    # size and format must be set before the first packet is written
+                            stream.height, stream.width = frame.shape[:2]
+                            stream.pix_fmt = "yuv420p"
+                            stream.codec_context.time_base = base
+                        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                        picture.pts, picture.time_base = int(stamp), base
+                        sound.write_until(int(stamp) * base)    # interleaved: memory stays flat
+                        out.mux(stream.encode(picture))
+                    out.mux(stream.encode())
+                    sound.write_until(math.inf)
         except av.FFmpegError as e:
             raise OSError(e.errno, e.strerror or str(e)) from None
-
-
-def _sound(path, out, shift):
-    """Add an audio stream to `out` and return an iterator over its packets, `shift` seconds later; without sound, an empty one."""
-    import av
-    source = av.open(os.fspath(path))
-    if not source.streams.audio:
-        return iter(())
-    audio = source.streams.audio[0]
-    if audio.codec_context is None or not audio.rate:
-        warn(f"{path}: its sound cannot be read, and is left out")
-        return iter(())
-    copy = audio.codec_context.name in {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
-    stream = out.add_stream_from_template(audio) if copy else out.add_stream("aac", rate=audio.rate)
-
-    def decoded(packet):
-        try:
-            return packet.decode()
-        except av.InvalidDataError:
-            return []       # a damaged packet: a gap of some milliseconds
-
-    def packets():
-        with source:
-            try:
-                for packet in source.demux(audio):
-                    if not copy:
-                        for frame in decoded(packet):
-                            yield from stream.encode(frame)
-                    elif packet.dts is not None:  # the last one is empty, for flushing
-                        packet.pts, packet.dts = packet.pts + round(shift / packet.time_base), packet.dts + round(shift / packet.time_base)
-                        packet.stream = stream
-                        yield packet
-                if not copy:
-                    yield from stream.encode()
-            except av.FFmpegError as e:
-                warn(f"the sound of {path} ends early ({e.strerror or e})")
-
-    return packets()

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import faces
+import media
 import video
 from toy import ToyHeads
 from conftest import PHOTO, fail, moving, script, succeed, write_clip
@@ -62,7 +63,7 @@ def test_a_crop_stays_in_the_picture_where_it_fits():
 
 def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
     """The detector, asked again, agrees; and the person's right eye is still drawn as the right one."""
-    image = faces.read_photo(PHOTO)
+    image = media.read_photo(PHOTO)
     points = detect(image)
     box = faces.face_box(points)
     frame, points = faces.crop(image, box, 256), faces.to_crop(points, box, 256)
@@ -138,7 +139,7 @@ def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
 
 def picture(path, image, **options):
     image.save(path, **options)
-    return faces.read_photo(path)
+    return media.read_photo(path)
 
 
 def test_photos_of_every_kind(tmp_path):
@@ -160,9 +161,9 @@ def test_video_frames_times_and_sound_survive(tmp_path, clip):
     pts = np.array([0, 512, 1024, 1500, 2600, 2800])
     frames = [np.full((32, 48, 3), 40 * k, np.uint8) for k in range(6)]
     video.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
-    back = list(video.read_video(tmp_path / "out.mp4"))
+    back = list(media.read_video(tmp_path / "out.mp4"))
     assert [float(f.pts * f.time_base) for f in back] == pytest.approx((pts / 12800).tolist())
-    assert max(abs(video.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
+    assert max(abs(media.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
     with av.open(str(tmp_path / "out.mp4")) as a, av.open(str(clip)) as b:
         assert a.streams.video[0].codec_context.name == "h264" and a.streams.video[0].codec_context.pix_fmt == "yuv420p"
         sound = [[(p.pts * p.time_base, bytes(p)) for p in c.demux(audio=0) if p.size] for c in (a, b)]
@@ -228,7 +229,7 @@ def test_rotation_metadata_is_honoured(tmp_path):
     turn = [0, 0x10000, 0, -0x10000 % 2 ** 32, 0, 0, 0, 0, 0x40000000]          # as phones write it: 90 degrees clockwise
     blob[at:at + 36] = b"".join(v.to_bytes(4, "big") for v in turn)
     (tmp_path / "a.mp4").write_bytes(blob)
-    upright = video.to_rgb(next(video.read_video(tmp_path / "a.mp4")))
+    upright = media.to_rgb(next(media.read_video(tmp_path / "a.mp4")))
     assert upright.shape == (64, 32, 3) and upright[:30].min() > 200 and upright[34:].max() < 50
 
 
@@ -256,9 +257,9 @@ def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         out.mux(stream.encode())
     blob = path.read_bytes()
-    assert len(list(video.read_video(path))) == 40 and capsys.readouterr().err == ""
+    assert len(list(media.read_video(path))) == 40 and capsys.readouterr().err == ""
     path.write_bytes(blob[:len(blob) // 2])
-    assert 5 < len(list(video.read_video(path))) < 40
+    assert 5 < len(list(media.read_video(path))) < 40
     assert "frames could be read" in capsys.readouterr().err or container == "ts"       # a .ts file does not know its length
 
 
@@ -275,7 +276,7 @@ def test_frames_without_a_time_of_their_own_get_one(tmp_path):
             raw.write(bytes(packet))
     (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
     for name, count in (("raw.h264", 50), ("twice.ts", 100)):
-        times = [float(f.pts * f.time_base) for f in video.read_video(tmp_path / name)]
+        times = [float(f.pts * f.time_base) for f in media.read_video(tmp_path / name)]
         assert len(times) == count and np.diff(times) == pytest.approx(1 / 25, abs=1e-3)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succeed, tensors, torchrun, write_clip
 from data import Episodes, PreparedVideos, prepare
-from faces import read_photo
+from media import read_photo
 from files import UserError
 from config import Config
 from model import load_checkpoint

@@ -1,0 +1,234 @@
+"""Photos and videos as a viewer sees them: upright, with square pixels, in sRGB; which stream of a file is meant.
+
+    image = read_photo("x.jpg")             # uint8 (H, W, 3)
+    for frame in read_video("v.mp4"):       # av.VideoFrame, one at a time
+        image = to_rgb(frame)               # uint8 (H, W, 3), upright
+"""
+import io
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from files import UserError, warn
+
+
+def open_media(path, mode="r", **options):
+    """av.open for what is only ever a path: "12:30.mp4" names no protocol, "http:x.mp4" no server."""
+    import av
+    return av.open("file:" + os.fspath(path), mode, **options)
+
+
+# ---------------------------------------------------------------------------------------------- streams
+
+def main_video(container):
+    """The video stream that a player would show, None without one: no cover, and the best where there are several."""
+    from av.stream import Disposition
+    beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+
+    def merit(stream):
+        moves = stream.frames != 1
+        default = bool(stream.disposition & Disposition.default)
+        return moves, default, stream.width * stream.height
+
+    streams = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & beside]
+    return max(streams, key=merit, default=None)
+
+
+def main_audio(container):
+    """The audio stream that a player would play, None without one: the one marked as default, no commentary."""
+    from av.stream import Disposition
+    for_some = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired
+                | Disposition.visual_impaired | Disposition.karaoke)
+
+    def merit(stream):
+        readable = stream.codec_context is not None and stream.rate > 0
+        default = bool(stream.disposition & Disposition.default)
+        return readable, default, not stream.disposition & for_some
+
+    return max(container.streams.audio, key=merit, default=None)     # the first of equals
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+def read_video(path, complain=warn):
+    """Yield every frame of a video that is shown, as an av.VideoFrame, streaming.
+
+    Its pts rises, in units of its time_base (seconds); its opaque is how much wider than high its pixels are.
+    UserError if there is no frame to be had; what ends early is used as far as it goes, and `complain` is told.
+    """
+    import av
+    count, expected, problem = 0, 0, None
+    try:
+        with open_media(path) as container:
+            stream = main_video(container)
+            if stream is None:
+                raise UserError(f"{path} has no video in it")
+            expected = shown_frames(container, stream)
+            for frame in with_rising_times(container.decode(stream), stream):
+                frame.opaque = pixel_aspect(stream)
+                count += 1
+                yield frame
+    except (av.FFmpegError, OSError) as e:
+        problem = e.strerror or str(e)
+        if not count and os.path.isdir(path):
+            raise UserError(f"{path} is a folder, and a video is wanted") from None
+        if not count and not os.path.exists(path):
+            raise UserError(f"no file {path}") from None
+        if not count:
+            raise UserError(f"{path} is not a video that can be read ({problem})") from None
+    if not count:
+        raise UserError(f"{path} is a video without a frame that can be read")
+    if problem or count < 0.95 * expected - 1:      # containers' own counts are a little off at times
+        complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({problem or 'it ends early'})")
+
+
+def shown_frames(container, stream):
+    """About how many frames a container promises to show, 0 if it does not say.
+
+    An edit list hides some of those that are stored, or shows them more than once: the smaller number counts.
+    """
+    rate = stream.average_rate or 25
+    if stream.duration:
+        by_time = float(stream.duration * stream.time_base * rate)
+    else:
+        by_time = float((container.duration or 0) / 1e6 * rate)
+    return min(stream.frames, by_time) if stream.frames and by_time else stream.frames or by_time
+
+
+def with_rising_times(frames, stream):
+    """Give every frame a time of its own."""
+    clock = Clock(stream.time_base, round(1 / ((stream.average_rate or 25) * stream.time_base)))
+    for frame in frames:
+        frame.pts, frame.time_base = clock.rising(frame.pts), stream.time_base
+        yield frame
+
+
+class Clock:
+    """Times that rise: raw streams have none, joined files start theirs anew in the middle."""
+
+    def __init__(self, base, step):
+        self.base, self.step = base, max(1, step)       # seconds; from one time to the next, in units of base
+        self.last, self.offset = None, 0
+
+    def rising(self, time):
+        """time or None, in units of base -> a time that is later than the one before."""
+        if time is not None:
+            time += self.offset
+        if time is None or (self.last is not None and time <= self.last):
+            following = 0 if self.last is None else self.last + self.step
+            if time is not None and (self.last - time) * self.base > 1:     # started anew: it goes on from here
+                self.offset += following - time
+            time = following
+        self.last = time
+        return time
+
+
+def count_frames(path):
+    """How many frames of a video are shown, without decoding it; 0 if it cannot be read."""
+    import av
+    try:
+        with open_media(path) as container:
+            stream = main_video(container)
+            if stream is None:
+                return 0
+            # what an edit list cuts off is stored and decoded, but not shown
+            return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+    except (av.FFmpegError, OSError):
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+def pixel_aspect(stream):
+    """How much wider than high the pixels of a stream are: 1, but for DV, DVD, HDV and their like."""
+    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    return aspect if 1 / 8 < aspect < 8 else 1.0    # beyond, it is damage
+
+
+def to_rgb(frame):
+    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says it should be."""
+    aspect = frame.opaque or 1.0
+    width = round(frame.width * max(aspect, 1))      # enlarged, so that nothing is lost
+    height = round(frame.height / min(aspect, 1))
+    if (width, height) == (frame.width, frame.height):
+        image = frame.to_ndarray(format="rgb24")
+    else:
+        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return np.ascontiguousarray(as_displayed(image, frame))
+
+
+def as_displayed(image, frame):
+    """Apply a frame's display matrix: x' = a x + c y, y' = b x + d y. Phones turn by it, selfie cameras mirror."""
+    from av.sidedata.sidedata import Type
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return image
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):       # x and y change places
+        image, (a, d) = image.swapaxes(0, 1), (c, b)
+    if a < 0:
+        image = image[:, ::-1]
+    if d < 0:
+        image = image[::-1]
+    return image
+
+
+# ----------------------------------------------------------------------------------------------- photos
+
+def read_photo(path):
+    """-> uint8 (H, W, 3) in sRGB, upright (EXIF), alpha over white, the first picture of an animation.
+
+    UserError if it is none.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, and a photo is wanted")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return np.asarray(to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile")))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        problem = e
+    try:    # what PIL cannot read: .heic
+        image, profile = read_still(path)
+    except Exception:       # FFmpeg raises many types on foreign files; PIL's word is the better one
+        raise UserError(f"{path} is not a picture that can be read ({problem})") from None
+    return np.asarray(to_srgb(Image.fromarray(image), profile))
+
+
+def read_still(path):
+    """The picture of a file such as .heic: uint8 (H, W, 3), upright, and its colour profile or None.
+
+    Raises OSError or av.FFmpegError where there is none.
+    """
+    from av.sidedata.sidedata import Type
+    with open_media(path) as container:
+        stream = main_video(container)
+        frame = next(container.decode(stream), None) if stream else None
+        if frame is None:
+            raise OSError("no picture in it")
+        frame.opaque = pixel_aspect(stream)
+        profile = frame.side_data.get(Type.ICC_PROFILE)
+        return to_rgb(frame), profile and bytes(profile)
+
+
+def to_srgb(image, profile):
+    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None): without it, colours would be pale."""
+    if image.mode.startswith("I"):      # 16 bits, which PIL would clip to 8
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.getOpenProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass    # damaged, or of another mode than the picture: as if it had none
+    return image.convert("RGB")

@@ -1,0 +1,123 @@
+"""The sound of one media file in another: copied packet by packet, or encoded anew where mp4 cannot hold it.
+
+    sound_from = usable_sound("v.mp4")              # before the work: a warning and None where it cannot be had
+    with Sound(sound_from, out, start) as sound:    # out: an av container being written
+        sound.write_until(seconds)
+"""
+import io
+
+from files import warn
+from media import Clock, main_audio, open_media
+
+COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
+PREROLL = 0.1   # seconds before the start that a decoder may need, and that players do not play
+
+
+def usable_sound(path):
+    """-> path if its sound can be written into an mp4; None if it has none, or, after a warning, if it cannot."""
+    import av
+    problem = None
+    try:
+        with open_media(path) as container:
+            if main_audio(container) is None:
+                return None
+            start = (container.start_time or 0) / av.time_base
+        with av.open(io.BytesIO(), "w", format="mp4") as out, Sound(path, out, start) as sound:
+            sound.write_until(1)
+            if not sound.written:
+                problem, sound.problem = sound.problem or "there is none in its first second", None
+    except (av.FFmpegError, OSError, ValueError) as e:
+        problem = e
+    if problem:
+        warn(f"{path}: its sound cannot be read or written, and is left out ({problem})")
+    return None if problem else path
+
+
+class Sound:
+    """Adds an audio stream to `out` with the sound of a file, `start` seconds earlier than there.
+
+    Without a path, or where the file has no sound, all does nothing.
+    """
+
+    def __init__(self, path, out, start):
+        self.path, self.out, self.start = path, out, start
+        self.source = self.problem = None
+        self.packet, self.written = None, 0
+        self.packets = iter(())
+        if path is None:
+            return
+        self.source = open_media(path)
+        audio = main_audio(self.source)
+        if audio is None:
+            return
+        if audio.codec_context is None or not audio.rate:
+            self.problem = "it cannot be read"
+        elif audio.codec_context.name in COPIED:
+            self.packets = self.copied(audio, out.add_stream_from_template(audio))
+        else:
+            self.packets = self.encoded(audio, add_aac(out, audio))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.packets = None     # its generator holds on to the source
+        if self.source is not None:
+            self.source.close()
+        if self.problem:
+            warn(f"the sound of {self.path} {'ends early' if self.written else 'is left out'}: {self.problem}")
+
+    def write_until(self, seconds):
+        """Write the packets up to a time of the result. What is wrong with the sound does not cost the pictures."""
+        import av
+        try:
+            if self.packet is None:
+                self.packet = next(self.packets, False)
+            while self.packet and (self.packet.pts or 0) * self.packet.time_base <= seconds:
+                self.out.mux(self.packet)
+                self.written += 1
+                self.packet = next(self.packets, False)
+        except (av.InvalidDataError, av.EOFError, ValueError) as e:     # not: a full disk
+            self.packet, self.problem = False, getattr(e, "strerror", None) or str(e)
+
+    def copied(self, audio, stream):
+        """Yield the packets as they are, but for their times; none that ends before the result starts."""
+        clock = None
+        for packet in self.source.demux(audio):
+            if packet.dts is None or packet.pts is None:    # the last one is empty, for flushing
+                continue
+            clock = clock or Clock(packet.time_base, packet.duration or 1)
+            shift = clock.rising(packet.dts) - packet.dts - round(self.start / packet.time_base)
+            packet.pts += shift
+            packet.dts += shift
+            if (packet.pts + (packet.duration or 0)) * packet.time_base > -PREROLL:
+                packet.stream = stream
+                yield packet
+
+    def encoded(self, audio, stream):
+        """Yield AAC packets. PyAV's encoder resamples to the stream's rate and layout."""
+        clock = None
+        for packet in self.source.demux(audio):
+            for frame in decoded(packet):
+                clock = clock or Clock(frame.time_base, round(frame.samples / frame.sample_rate / frame.time_base))
+                frame.pts = clock.rising(frame.pts) - round(self.start / frame.time_base)
+                if frame.pts >= 0:      # none from before the result starts
+                    yield from stream.encode(frame)
+        yield from stream.encode()
+
+
+def decoded(packet):
+    import av
+    try:
+        return packet.decode()
+    except av.InvalidDataError:
+        return []       # a damaged packet: a gap of some milliseconds
+
+
+def add_aac(out, audio):
+    """An AAC stream of the rate nearest to a source's, of the rates that there are; mono or stereo."""
+    import av
+    rates = av.Codec("aac", "w").audio_rates
+    rate = min(rates, key=lambda r: abs(r - audio.rate))
+    layout = "mono" if audio.channels == 1 else "stereo"
+    return out.add_stream("aac", rate=rate, layout=layout)
