@@ -25,9 +25,15 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="the long form of the tests in test_faults.py: two hours")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: the test may see the GPU, which is hidden from all others")
+
+
 @pytest.fixture(autouse=True)
-def two_threads():
+def two_threads_on_the_cpu(request, monkeypatch):
     torch.set_num_threads(2)
+    if "cuda" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def script(*args, cwd, timeout=300, **env):
