@@ -169,6 +169,7 @@ def run(monkeypatch, tmp_path):
     """run(step, *flags): meta_train.main() in this process on three people, with `step` in place of train_step."""
     def start(step, *flags):
         def train_step(E, G, D, content, optimizers, row, x, y, match=True):
+            assert match == ("--no-match" not in flags)
             step(E, G, D, row, x)
             return torch.zeros(7)
         monkeypatch.setattr(meta_train, "train_step", train_step)
@@ -187,7 +188,8 @@ def test_default_epochs(run, flags, steps):
     seen = []
     folder = run(lambda E, G, D, row, x: seen.append(tuple(x.shape[:2])), "--batch", 2, "--K", 1, *flags)
     assert len(seen) == steps and set(seen) == {(2, 2)}
-    assert load_checkpoint(folder / f"step-{steps}.pt")["step"] == steps
+    state = load_checkpoint(folder / f"step-{steps}.pt")
+    assert state["step"] == steps and state["config"].match == (not flags)
 
 
 def test_default_batch_and_k_are_the_papers(run):
