@@ -1,13 +1,18 @@
 """losses.py against numbers worked out by hand, and MatConvNet files that the tests write themselves."""
+import functools
+
 import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
 from torchvision.models.vgg import cfgs
 
+import losses
 from conftest import ROOT, networks
-from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss, read_matconvnet)
 from files import UserError
+from losses import ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
+
+read_matconvnet = functools.cache(losses.read_matconvnet)
 
 
 def test_hinge_and_adversarial_by_hand():
@@ -73,6 +78,12 @@ def files(tmp_path_factory):
     image[112:] -= 1                                                                    # an image: its mean counts
     matconvnet(vggface, "D", False, image, 2)
     return vgg19, vggface
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Each file is read once for all tests: that takes a process of its own, and seconds."""
+    monkeypatch.setattr(losses, "read_matconvnet", read_matconvnet)
 
 
 def test_matconvnet_both_variants(files):
