@@ -30,12 +30,13 @@ import faces  # noqa: E402
 import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
-from toy import ToyHeads  # noqa: E402
+import device  # noqa: E402
 import video  # noqa: E402
-from losses import ContentLoss  # noqa: E402
 from config import Config  # noqa: E402
+from losses import ContentLoss  # noqa: E402
 from model import Discriminator, Embedder, Generator  # noqa: E402
 from perceptual import VGG19_LAYERS, VGGFACE_LAYERS, Features  # noqa: E402
+from toy import ToyHeads  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,8 +67,9 @@ def flops(function):
 
 
 def upconv_saves(G):
-    """Operations per 256-pixel frame that UpConv does not do: 4 of 9 products remain at every pixel of its output."""
-    return sum(2 * (9 - 4) * b.conv1.in_channels * b.conv1.out_channels * (16 << k) ** 2 for k, b in enumerate(G.up, 1))
+    """Operations per 256-pixel frame that a folded UpConv does not do: 4 of 9 products remain at every pixel of its output."""
+    widths = [[size // 2 for size in block.psi_sizes] for block in G.up]
+    return sum(2 * (9 - 4) * c_in * c_out * (16 << k) ** 2 for k, (c_in, c_out) in enumerate(widths, 1))
 
 
 def row(name, *values):
@@ -120,7 +122,7 @@ def step():
     E, G, D = Embedder(cfg).to(**layout), Generator(cfg).to(**layout), Discriminator(cfg).to(**layout)
     content = random_vgg()
     optimizers = meta_train.make_optimizers(E, G, D, cfg)
-    autocast = meta_train.autocast
+    fast_dtype = device.fast_dtype
     print("training step, 256 pixels, K = 8, two updates of D")
     row("", "s", "GMAC", "GFLOP/s", "share", "peak GB")
     for batch in (1, 6):
@@ -128,14 +130,14 @@ def step():
         index = torch.zeros(batch, dtype=torch.long, device=DEVICE)
         one = lambda: meta_train.train_step(E, G, D, content, optimizers, index, x, y, 10.0)
         for kind in ("float32", "bfloat16"):
-            meta_train.autocast = lambda device, on=kind == "bfloat16": torch.autocast(device.type, torch.bfloat16, enabled=on)
-            work = flops(one) + 3 * batch * upconv_saves(G)     # forward, and backward to inputs and weights
+            device.fast_dtype = lambda device, dtype=getattr(torch, kind): dtype
+            work = flops(one)
             times = best({"step": one, "product": matmul(getattr(torch, kind))}, 3 if batch == 1 else 1)
             rate = 2 * 2048 ** 3 / times["product"]
             peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1e3
             row(f"{kind}, batch {batch}", f"{times['step']:.2f}", f"{work / 2e9:.0f}", f"{work / times['step'] / 1e9:.0f}",
                 f"{work / times['step'] / rate:.0%}", f"{peak / 1e9:.1f}")
-    meta_train.autocast = autocast
+    device.fast_dtype = fast_dtype
 
 
 def w():

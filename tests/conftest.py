@@ -1,7 +1,11 @@
-"""Shared by the tests: small networks, a real photo, a clip made from it, and scripts run as a user runs them."""
+"""Shared by the tests: small networks, a real photo, a clip made from it, and scripts run in this process or in their own."""
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import files
 from faces import landmark_detector
 from config import Config
 from model import Discriminator, Embedder, Generator, save_checkpoint
@@ -23,30 +28,78 @@ TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="the long form of the tests in test_faults.py: two hours")
+    parser.addoption("--slow", action="store_true", help="the long form of the tests, above all of test_faults.py: two hours")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: the test may see the GPU, which is hidden from all others")
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def two_threads_on_the_cpu(request, monkeypatch):
     torch.set_num_threads(2)
+    if "cuda" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
 def script(*args, cwd, timeout=300, **env):
-    """Run `python SCRIPT ARGS` in an empty folder; no accelerator, no download."""
+    """Run `python SCRIPT ARGS` in a process of its own; no accelerator, no download."""
     command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"} | env
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | OFFLINE | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def succeed(*args, **options):
-    result = script(*args, **options)
+@contextmanager
+def captured(out, err):
+    """What is written to stdout and stderr, by libraries too, goes to two files."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        out.flush(), err.flush()
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        os.close(kept[0]), os.close(kept[1])
+
+
+def here(*args, cwd, **env):
+    """The same as `script`, but in this process, by the script's main(): without the seconds that a start takes."""
+    module = importlib.import_module(args[0].removesuffix(".py"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, pytest.MonkeyPatch.context() as patch):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", list(map(str, args)))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for name, value in (OFFLINE | env).items():
+            patch.setenv(name, value)
+        code = 0
+        try:
+            with captured(out, err):
+                files.run(module.main)
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(args, code, out.read(), err.read())
+
+
+def succeed(*args, start=here, **options):
+    """Run a script that must succeed, in this process or, start=script, in one of its own. Returns what it printed."""
+    result = start(*args, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def fail(*args, **options):
+def fail(*args, start=here, **options):
     """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
-    result = script(*args, **options)
+    result = start(*args, **options)
     lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (result.returncode, result.stderr)
     return lines[0]

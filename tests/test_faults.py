@@ -22,13 +22,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, moving, same, script, succeed, tensors, torchrun, write_clip
-from data import Episodes, PreparedVideos, prepare
-from media import read_photo
-from files import UserError
+import infer
 from config import Config
+from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed, tensors, torchrun,
+                      write_clip)
+from data import Episodes, PreparedVideos, draw_landmarks, prepare
+from files import UserError
+from media import read_photo, read_video, to_rgb
 from model import load_checkpoint
-from video import read_video
 
 TRACK = ROOT / "assets" / "speech.npz"
 
@@ -65,11 +66,17 @@ def prepared(tmp_path_factory, face):
 
 # ------------------------------------------------------------------------------------------------- kills
 
+# What is on the disk when the short form kills: a checkpoint to resume from, sequences that are done, a video half written.
+MOMENTS = {"meta_train": "out/step-10.pt", "data": "out/?.mp4.pt", "infer": "out.mp4.*.tmp"}
+
+
 @pytest.mark.parametrize("stage", ["meta_train", "data", "finetune", "infer"])
 def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared, short_track):
-    """kill -9 at random moments: every file is absent or whole, the work goes on, and ends as if never killed."""
+    """kill -9, with --slow at 30 random moments: every file is absent or whole, the work goes on, and ends as if never killed."""
+    if stage == "finetune" and not slow:
+        pytest.skip("writes its file as infer.py does")
     command = {
-        "meta_train": ["meta_train.py", *TINY_FLAGS, "--steps", "60", "--save-every", "5", "--out", "out", "--resume"],
+        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9", "--steps", "40", "--save-every", "5", "--out", "out", "--resume"],
         "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib", "--image-size", "64"],
         "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--out", "out.pt"],
         "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track, "--out", "out.mp4", "--save-person", "out.pt"],
@@ -77,14 +84,19 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared, short_t
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
     began = time.time()
-    succeed(*command, cwd=whole)
+    succeed(*command, cwd=whole, start=script if slow else here)
     duration, rng = time.time() - began, random.Random(stage)
     finished = lambda folder: sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".pt", ".mp4", ".png"))
-    for kill in range(30 if slow else 3):
+    for kill in range(30 if slow else 1):
         process = start(*command, cwd=cut)
-        time.sleep(rng.uniform(0.2, 1) * duration)
+        if slow:
+            time.sleep(rng.uniform(0.2, 1) * duration)
+        while not slow and not list(cut.glob(MOMENTS[stage])):
+            assert process.poll() is None
+            time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        assert slow or not finished(cut) == finished(whole)
         for path in finished(cut):
             if path.suffix == ".mp4":
                 assert sum(1 for _ in read_video(cut / path)) == 6
@@ -114,7 +126,7 @@ def test_a_signal_saves_and_leaves(number, tmp_path):
     while not (tmp_path / "run/log.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(3)
+    time.sleep(1)
     os.killpg(process.pid, number)              # as Ctrl-C and clusters do: to the loader's workers too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number and len(said.splitlines()) == 1, said
@@ -131,48 +143,70 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
     whole = tensors(tmp_path / "run/step-4.pt")
     path = tmp_path / "run" / damaged
     path.write_bytes(path.read_bytes()[:1000])
-    result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
+    result = here(*flags, "--steps", "4", "--resume", cwd=tmp_path)
     assert result.returncode == 0 and damaged in result.stderr and "step 4 cannot be resumed" in result.stderr
     assert same(tensors(tmp_path / "run/step-4.pt"), whole)
     (tmp_path / "run/step-4-best.pt").write_bytes(b"the user's own")
     for file in (tmp_path / "run").glob("step-?.pt"):
         file.write_bytes(b"nothing")
-    result = script(*flags, "--steps", "4", "--resume", cwd=tmp_path)
+    result = here(*flags, "--steps", "4", "--resume", cwd=tmp_path)
     assert result.returncode == 2 and "none of the checkpoints" in result.stderr.splitlines()[-1]
     assert (tmp_path / "run/step-4-best.pt").exists()
 
 
-def two_ranks(folder, out, change, *flags):
-    """meta_train.py on two ranks, with `change(rank, step, values)` called before the losses are checked."""
+def two_ranks(folder, out, steps, change, *flags):
+    """meta_train.py on two ranks, with `change` after each step; a restart goes on from step 4. Each leaves its E, G and D."""
     (folder / "program.py").write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py"] + {TINY_FLAGS!r} + ["--steps", "8", "--save-every", "2", "--out", {out!r}]
+import os, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py", *{TINY_FLAGS!r}, "--steps", "{steps}", "--save-every", "2", "--out", {out!r}]
 import files, meta_train
-keep = meta_train.check_finite
-def check(values, weights, step, *rest):
-    rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, restarts, train_step = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]), meta_train.train_step
+step = 4 * restarts
+def changed(E, G, D, *rest, **named):
+    global step
+    step, values = step + 1, train_step(E, G, D, *rest, **named)
     {change}
-    keep(values, weights, step, *rest)
-meta_train.check_finite = check
+    torch.save([net.state_dict() for net in (E.module, G.module, D)], f"{out}-rank-{{rank}}")
+    return values
+meta_train.train_step = changed
 files.run(meta_train.main)
 """)
     return torchrun(*flags, "program.py", cwd=folder)
 
 
-def test_a_rank_that_dies_is_started_again(tmp_path):
-    """Rank 1 is killed at step 5; torchrun's restart resumes from step 4 without help."""
-    killed = two_ranks(tmp_path, "die", "if (rank, step, restarts) == (1, 5, 0): os.kill(os.getpid(), signal.SIGKILL)", "--max-restarts", "1")
-    assert killed.returncode == 0, killed.stderr
-    assert "exitcode: -9" in killed.stderr and "Unable to shutdown" not in killed.stderr   # the other rank left when it was told to
-    live = two_ranks(tmp_path, "live", "pass")
-    assert live.returncode == 0, live.stderr
-    assert same(tensors(tmp_path / "die/step-8.pt"), tensors(tmp_path / "live/step-8.pt"))
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A folder with a run of two ranks, 8 steps long, that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("live")
+    result = two_ranks(folder, "live", 8, "pass")
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
-def test_all_ranks_agree_on_a_nan(tmp_path):
-    result = two_ranks(tmp_path, "run", "if (rank, step) == (1, 5): values[2] = float('nan')")
-    assert result.returncode != 0 and not (tmp_path / "run/step-6.pt").exists()
-    assert result.stderr.count("error: step 5: fm is NaN or infinite. The last good checkpoint is run/step-4.pt") == 2
+def test_two_ranks_share_e_and_g_and_part_in_d(live):
+    (E0, G0, D0), (E1, G1, D1) = (torch.load(live / f"live-rank-{r}", weights_only=True) for r in (0, 1))
+    assert same(E0, E1) and same(G0, G1)
+    assert not torch.equal(D0["V.blocks.0.conv1.parametrizations.weight.original"], D1["V.blocks.0.conv1.parametrizations.weight.original"])
+    states = [torch.load(live / f"live/step-8.rank-{r}.state", weights_only=True) for r in (0, 1)]
+    a, b = (s["optimizers"][0]["state"] for s in states)
+    assert all(torch.equal(a[k]["exp_avg_sq"], b[k]["exp_avg_sq"]) for k in a)  # equal gradients
+    assert not torch.equal(states[0]["D"]["w0"], states[1]["D"]["w0"])
+    assert states[0]["D"]["W"].shape[0] == states[1]["D"]["W"].shape[0] == 500  # each owns its rows
+    portable = tensors(live / "live/step-8.pt")
+    assert torch.equal(portable["w0"], states[0]["D"]["w0"]) and "W" not in portable
+    line = fail("meta_train.py", *TINY_FLAGS, "--steps", "9", "--out", "live", "--resume", cwd=live)
+    assert "ranks was 2, now 1" in line                                         # the same number of ranks only
+
+
+def test_a_rank_that_dies_is_started_again_and_all_agree_on_a_nan(live, tmp_path):
+    """Rank 1 is killed at step 5: torchrun's restart goes on from step 4 as if nothing had been. At step 9 it has a NaN."""
+    change = ("if (rank, step, restarts) == (1, 5, 0): os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    if (rank, step) == (1, 9): values[2] = float('nan')")
+    result = two_ranks(tmp_path, "die", 12, change, "--max-restarts", "1")
+    assert "exitcode: -9" in result.stderr and "Unable to shutdown" not in result.stderr    # the other rank left when it was told to
+    assert same(tensors(tmp_path / "die/step-8.pt"), tensors(live / "live/step-8.pt"))
+    assert result.returncode != 0 and not (tmp_path / "die/step-10.pt").exists()
+    assert result.stderr.count("error: step 9: fm is NaN or infinite. The last good checkpoint is die/step-8.pt") == 2
 
 
 # -------------------------------------------------------------------------------------- numbers, data, disks
@@ -221,7 +255,9 @@ def obey_permissions():
 
 @pytest.mark.parametrize("stage", ["meta_train", "finetune", "infer", "data"])
 @pytest.mark.parametrize("hindrance", [limit_files, obey_permissions])
-def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, stage, tmp_path, checkpoint, prepared):
+def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, stage, slow, tmp_path, checkpoint, prepared):
+    if hindrance is obey_permissions and stage in ("finetune", "data") and not slow:
+        pytest.skip("as infer.py and meta_train.py")
     command, out = {
         "meta_train": (["meta_train.py", *TINY_FLAGS, "--steps", "2", "--save-every", "1", "--resume", "--out"], "run/step-1.pt"),
         "finetune": (["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out"], "run/out.pt"),
@@ -295,7 +331,6 @@ def test_odd_videos(tmp_path, face, capsys):
         for _ in range(3):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(face[:121, :161].copy(), format="rgb24")))
         out.mux(stream.encode())
-    from video import to_rgb
     assert [to_rgb(f).shape for f in read_video(tmp_path / "deep.mkv")] == [(121, 161, 3)] * 3
     parts = []                                                                  # the resolution changes in the middle
     for k, size in enumerate(((160, 120), (320, 240))):
@@ -375,7 +410,7 @@ def test_fuzz(slow, tmp_path, face, checkpoint):
     savemat(seeds / "0.mat", {"layers": np.array([layer], object), "meta": {"normalization": {"averageImage": np.zeros(3)}}})
     (seeds / "f.pt").write_bytes(checkpoint.read_bytes())
     (tmp_path / "fuzz.py").write_text(FUZZ % {"root": str(ROOT), "tests": str(ROOT / "tests")})
-    result = subprocess.run([sys.executable, "fuzz.py", "2400" if slow else "120"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
+    result = subprocess.run([sys.executable, "fuzz.py", "2400" if slow else "60"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stderr[-3000:]
     used, slowest, peak = result.stdout.split()[-3:]
     assert int(used) > 0 and float(slowest) < 30 and int(peak) < 2e6, result.stdout
@@ -403,18 +438,22 @@ files.run(stage.main)
 
 
 def memory_of(*args, cwd):
-    """Run a script and watch its memory: times, bytes, and whether a temporary file is being written."""
+    """Run a script in a process of its own and watch its memory: times, bytes, and whether a temporary file is being written."""
     result = subprocess.run([sys.executable, "-c", MEMORY % str(ROOT), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=7200)
     assert result.returncode == 0, result.stderr[-3000:]
     return np.loadtxt(cwd / "memory.csv", delimiter=" ").T
 
 
 def test_a_long_driver(slow, tmp_path, face, checkpoint):
-    """20 minutes (20 seconds): every frame there, sound in step to the end; memory flat while tracking and while rendering."""
+    """20 seconds, with --slow 20 minutes and memory flat while tracking and while rendering: every frame there, sound in step to the end."""
     seconds, frames = 1200 if slow else 20, moving(face, 60)
     write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)), range(0, 25 * seconds * 512, 512))
     succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "p.pt", cwd=tmp_path)
-    times, used, rendering = memory_of("infer.py", "--person", "p.pt", "--driver", "long.mp4", cwd=tmp_path)
+    command = ["infer.py", "--person", "p.pt", "--driver", "long.mp4"]
+    if slow:
+        times, used, rendering = memory_of(*command, cwd=tmp_path)
+    else:
+        succeed(*command, cwd=tmp_path)
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(tmp_path / "long.mp4")) as driver:
         ends = []
         for container in (result, driver):
@@ -430,6 +469,16 @@ def test_a_long_driver(slow, tmp_path, face, checkpoint):
         last = phase_used[seconds > seconds[-1] - 60].mean()
         print(f"{('tracking', 'rendering')[phase]} {seconds[-1] - seconds[0]:.0f} s: second minute {second / 1e6:.0f} MB, last minute {last / 1e6:.0f} MB")
         assert last < 1.05 * second
+
+
+def test_frames_are_rendered_as_they_are_asked_for(monkeypatch):
+    """The reason why memory does not grow with the driver; measured with --slow above."""
+    drawn = []
+    monkeypatch.setattr(infer, "draw_landmarks", lambda points, size: drawn.append(1) or draw_landmarks(points, size))
+    cfg, E, G, D = networks()
+    frames = infer.render(G.eval().fold(), G.project(torch.rand(1, 16))[0].detach(), np.random.rand(100, 68, 2).astype(np.float32) * 64, 64)
+    next(frames)
+    assert 1 <= len(drawn) <= 8
 
 
 def test_long_training_does_not_grow(slow, tmp_path):
@@ -450,5 +499,5 @@ def test_nothing_is_written_elsewhere(tmp_path, checkpoint, short_track):
     for name in ("home", "temporary", "work"):
         (tmp_path / name).mkdir()
     succeed("infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track, cwd=tmp_path / "work", HOME=str(tmp_path / "home"),
-            TMPDIR=str(tmp_path / "temporary"), TORCH_HOME="", XDG_CACHE_HOME="")
+            TMPDIR=str(tmp_path / "temporary"), TORCH_HOME="", XDG_CACHE_HOME="", start=script)
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == ["work/result.mp4"]

@@ -1,4 +1,6 @@
 """losses.py against numbers worked out by hand, and MatConvNet files that the tests write themselves."""
+import functools
+
 import dlib
 import numpy as np
 import pytest
@@ -6,12 +8,16 @@ import torch
 from scipy.io import savemat
 from torchvision.models.vgg import cfgs
 
+import perceptual
 from conftest import PHOTO, ROOT, networks
 from data import to_float
-from faces import dlib_model, landmark_detector, read_photo
-from losses import ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
-from perceptual import Features, read_matconvnet
+from faces import dlib_model, landmark_detector
 from files import UserError
+from losses import ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
+from media import read_photo
+from perceptual import Features
+
+read_matconvnet = functools.cache(perceptual.read_matconvnet)
 
 
 def test_hinge_and_adversarial_by_hand():
@@ -77,6 +83,12 @@ def files(tmp_path_factory):
     image[112:] -= 1                                                                    # an image: its mean counts
     matconvnet(vggface, "D", False, image, 2)
     return vgg19, vggface
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Each file is read once for all tests: that takes a process of its own, and seconds."""
+    monkeypatch.setattr(perceptual, "read_matconvnet", read_matconvnet)
 
 
 def test_matconvnet_both_variants(files):

@@ -18,12 +18,14 @@ def millions(module):
 
 def test_parameter_counts_are_the_papers():
     cfg = Config()
-    E, G, D = Embedder(cfg), Generator(cfg), Discriminator(cfg)
+    with torch.device("meta"):      # without the numbers themselves
+        E, G, D = Embedder(cfg), Generator(cfg), Discriminator(cfg)
     assert [round(millions(m)) for m in (E, G, D.V)] == [15, 38, 20]            # Sec. 3.4
     assert sum(G.psi_sizes) == G.P.weight.shape[0] == 13056
     assert [b.conv2.out_channels for b in E.net.blocks] == [64, 128, 256, 512, 512, 512]
     assert [b.conv2.out_channels for b in D.V.blocks] == [64, 128, 256, 512, 512, 512, 512]
     assert [b.conv2.out_channels for b in G.up] == [512, 256, 128, 64]
+    assert {net.out.out_channels for net in (E.net.attention, D.V.attention, G.attention_down, G.attention_up)} == {256}
 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
@@ -42,12 +44,6 @@ def test_shapes_and_where_attention_sits(size):
     assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
     assert score.shape == (2,) and [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
     assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32, "G.attention_up": min(64, max(32, size // 4))}
-
-
-def test_attention_at_the_papers_size_has_256_channels():
-    G = Generator(Config())
-    assert G.attention_down.out.out_channels == G.attention_up.out.out_channels == 256
-    assert Embedder(Config()).net.attention.out.out_channels == 256
 
 
 def test_spectral_norm_on_every_conv_and_linear_layer_and_nothing_else():
@@ -71,15 +67,15 @@ def test_every_parameter_gets_a_gradient():
     assert D.W.grad.is_sparse and D.W.grad.coalesce().indices().tolist() == [[0, 1]]
 
 
-def test_render_of_project_is_forward_and_folding_changes_nothing():
-    cfg, E, G, D = networks()
+def test_folding_changes_nothing():
+    cfg, E, G, D = networks(psi_gain=2.0)
     G.eval()
     y, e = torch.rand(2, 3, 64, 64), torch.rand(2, 16) * 5
-    full = G(y, e)
-    assert torch.equal(full, G.render(y, G.project(e)))
-    assert torch.allclose(G.project(2 * e), 2 * G.project(e), atol=1e-6)        # psi_hat = P e_hat, a matrix
-    assert G.fold() is G and not any(parametrize.is_parametrized(m) for m in G.modules())
-    assert (G(y, e) - full).abs().max() < 1e-4
+    with torch.no_grad():
+        full, psi = G(y, e), G.project(e)
+        assert G.fold() is G and not any(parametrize.is_parametrized(m) for m in G.modules())
+        assert full.std() > 0.01 and (G(y, e) - full).abs().max() < 1e-4
+        assert torch.allclose(G.project(e), psi, atol=1e-5)
 
 
 def test_discriminator_is_eq_5():

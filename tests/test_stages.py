@@ -1,19 +1,13 @@
 """Each stage as a user runs it, with tiny networks; and what must not go wrong on the way."""
 import csv
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import finetune as stage2
-import meta_train
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, networks, same, script, succeed, tensors, torchrun
+from conftest import PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors, write_clip
 from data import to_float, to_tensors
 from finetune import embed, finetune
 from losses import ContentLoss
@@ -22,16 +16,10 @@ from toy import ToyHeads
 from video import load_track, read_video, to_rgb
 
 
-def train(monkeypatch, out, *flags):
-    """meta_train.py in this process: quicker than a subprocess, the same main()."""
-    monkeypatch.setattr(sys, "argv", ["meta_train.py", *TINY_FLAGS, "--out", str(out), *map(str, flags)])
-    meta_train.main()
-
-
 # ------------------------------------------------------------------------------------------ meta-learning
 
 def test_meta_training_writes_what_it_promises(tmp_path):
-    said = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--save-every", "2", "--out", "run", cwd=tmp_path)
+    said = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--save-every", "2", "--out", "run", cwd=tmp_path, start=script)
     assert {f.name for f in (tmp_path / "run").iterdir()} == {
         "log.csv", "samples-2.png", "samples-4.png", *(f"step-{n}{end}" for n in (2, 4) for end in (".pt", ".rank-0.state"))}
     rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
@@ -44,98 +32,18 @@ def test_meta_training_writes_what_it_promises(tmp_path):
     assert "is finished" in succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--out", "run", "--resume", cwd=tmp_path)
 
 
-def test_only_the_last_two_checkpoints_stay(tmp_path, monkeypatch):
-    train(monkeypatch, tmp_path, "--steps", 3, "--save-every", 1)
-    assert sorted(f.name for f in tmp_path.glob("step-*")) == ["step-2.pt", "step-2.rank-0.state", "step-3.pt", "step-3.rank-0.state"]
+def test_only_the_last_two_checkpoints_stay_and_only_the_same_run_resumes(tmp_path):
+    flags = ["meta_train.py", *TINY_FLAGS, "--out", "run"]
+    succeed(*flags, "--steps", 3, "--save-every", 1, cwd=tmp_path)
+    assert sorted(f.name for f in tmp_path.glob("run/step-*")) == ["step-2.pt", "step-2.rank-0.state", "step-3.pt", "step-3.rank-0.state"]
+    assert "add --resume" in fail(*flags, "--steps", 4, cwd=tmp_path)
+    assert "seed was 0, now 7" in fail(*flags, "--steps", 4, "--resume", "--seed", 7, cwd=tmp_path)
+    assert "K was 2, now 3" in fail(*flags, "--steps", 4, "--resume", "--K", 3, cwd=tmp_path)
 
 
-def test_each_update_moves_its_own_networks_only(tmp_path, monkeypatch):
-    """With a learning rate of next to nothing one side must stand still while the other moves."""
-    def parameters(name, *flags):
-        train(monkeypatch, tmp_path / name, "--steps", 1, *flags)
-        portable, state = tensors(tmp_path / name / "step-1.pt"), torch.load(tmp_path / name / "step-1.rank-0.state", weights_only=True)
-        keep = lambda d: {k: v for k, v in d.items() if not k.endswith(("._u", "._v"))}  # spectral norm's buffers
-        return keep({k: v for k, v in portable.items() if k[:2] in ("E.", "G.")}), keep(state["D"])
-    still = lambda a, b: all(torch.allclose(a[k], b[k], rtol=0, atol=1e-12) for k in a)
-    start, start_D = parameters("none", "--lr", 1e-30, "--lr-d", 1e-30)
-    EG, D = parameters("EG", "--lr", 1e-3, "--lr-d", 1e-30)
-    assert still(D, start_D) and not any(torch.equal(EG[k], start[k]) for k in EG if k.endswith("original") and "attention" not in k)
-    EG, D = parameters("D", "--lr", 1e-30, "--lr-d", 1e-3)
-    assert still(EG, start) and not torch.equal(D["w0"], start_D["w0"])
-    assert 1 <= (D["W"] != start_D["W"]).any(1).sum() <= 2                      # only the rows of the batch, W by D alone
-
-
-def test_the_match_loss_takes_part_unless_told_otherwise(tmp_path, monkeypatch):
-    train(monkeypatch, tmp_path / "FT", "--steps", 1)
-    train(monkeypatch, tmp_path / "FF", "--steps", 1, "--no-match")
-    FT, FF = (load_checkpoint(tmp_path / run / "step-1.pt") for run in ("FT", "FF"))
-    assert FT["config"].match and not FF["config"].match
-    E = [k for k in FT if k.startswith("E.") and k.endswith("original")]
-    assert not all(torch.equal(FT[k], FF[k]) for k in E)                        # the same seed and data: L_MCH is the difference
-
-
-def test_killed_and_resumed_equals_never_stopped(tmp_path):
-    flags = ["meta_train.py", *TINY_FLAGS, "--ema", "0.9", "--steps", "40", "--save-every", "5"]
-    succeed(*flags, "--out", "whole", cwd=tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / flags[0]), *flags[1:], "--out", "cut"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    while not (tmp_path / "cut/step-10.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut/step-40.pt").exists()
-    assert "add --resume" in fail(*flags, "--out", "cut", cwd=tmp_path)
-    assert "seed was 0, now 7" in fail(*flags, "--out", "cut", "--resume", "--seed", "7", cwd=tmp_path)
-    assert "K was 2, now 3" in fail(*flags, "--out", "cut", "--resume", "--K", "3", cwd=tmp_path)
-    succeed(*flags, "--out", "cut", "--resume", cwd=tmp_path)
-    assert same(tensors(tmp_path / "whole/step-40.pt"), tensors(tmp_path / "cut/step-40.pt"))
-    losses = [[row[:8] for row in csv.reader(open(tmp_path / run / "log.csv"))] for run in ("whole", "cut")]
-    assert losses[0] == losses[1]
-
-
-def test_two_ranks_resume_exactly_and_part_only_in_d(tmp_path):
-    for out, stops in (("run", [3]), ("cut", [2, 3])):
-        for steps in stops:
-            result = torchrun(ROOT / "meta_train.py", *TINY_FLAGS, "--steps", steps, "--out", out, "--resume", cwd=tmp_path)
-            assert result.returncode == 0, result.stderr
-    assert same(tensors(tmp_path / "run/step-3.pt"), tensors(tmp_path / "cut/step-3.pt"))
-    states = [torch.load(tmp_path / f"run/step-3.rank-{r}.state", weights_only=True) for r in (0, 1)]
-    a, b = (s["optimizers"][0]["state"] for s in states)
-    assert all(torch.equal(a[k]["exp_avg_sq"], b[k]["exp_avg_sq"]) for k in a)  # equal gradients, so equal E and G
-    assert not torch.equal(states[0]["D"]["w0"], states[1]["D"]["w0"])
-    assert states[0]["D"]["W"].shape[0] == states[1]["D"]["W"].shape[0] == 500  # each owns its rows
-    portable = tensors(tmp_path / "run/step-3.pt")
-    assert torch.equal(portable["w0"], states[0]["D"]["w0"]) and "W" not in portable
-
-    line = fail("meta_train.py", *TINY_FLAGS, "--steps", "5", "--out", "run", "--resume", cwd=tmp_path)
-    assert "ranks was 2, now 1" in line                                                 # the same number of ranks only
-
-
-def test_ranks_reduce_e_and_g(tmp_path):
-    """E and G of two ranks, compared as tensors: rank 1 writes its own."""
-    program = f"""
-import sys, os, torch
-sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py"] + {TINY_FLAGS!r} + ["--steps", "3", "--out", "run"]
-import meta_train
-keep = meta_train.save
-def save(out, step, config, nets, averages, D, *rest):
-    torch.save([net.state_dict() for net in (*nets, D)], f"rank-{{os.environ['RANK']}}")
-    keep(out, step, config, nets, averages, D, *rest)
-meta_train.save = save
-meta_train.main()
-"""
-    (tmp_path / "program.py").write_text(program)
-    result = torchrun("program.py", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (E0, G0, D0), (E1, G1, D1) = (torch.load(tmp_path / f"rank-{r}", weights_only=True) for r in (0, 1))
-    assert same(E0, E1) and same(G0, G1)
-    assert not torch.equal(D0["V.blocks.0.conv1.parametrizations.weight.original"], D1["V.blocks.0.conv1.parametrizations.weight.original"])
-
-
-def test_training_learns_on_toy_heads(tmp_path, monkeypatch):
-    train(monkeypatch, tmp_path, "--steps", 80, "--save-every", 10, "--lr", 2e-3, "--batch", 4)
-    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+def test_training_learns_on_toy_heads(tmp_path):
+    succeed("meta_train.py", *TINY_FLAGS, "--steps", 80, "--save-every", 10, "--lr", 2e-3, "--batch", 4, "--out", "run", cwd=tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
     assert float(rows[-1]["cnt"]) < 0.9 * float(rows[0]["cnt"])
 
 
@@ -171,16 +79,15 @@ def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
 def test_fine_tuning_fits_the_person():
     cfg, E, G, D = networks(lr=1e-3, lr_d=1e-3)
     x, y = person(8)
-    history = finetune(E, G, D, x, y, cfg, ContentLoss("l1"), epochs=40)[2]
+    history = finetune(E, G, D, x, y, cfg, ContentLoss("l1"))[2]
+    assert len(history) == 40                                                   # A.1: 40 epochs, 8 images in a batch
     assert history[-1]["cnt"] < 0.7 * history[0]["cnt"]
 
 
-def test_the_switches_of_the_ablations(tmp_path, checkpoint, monkeypatch):
+def test_the_switches_of_the_ablations(tmp_path, checkpoint):
     """A.2: without L'_ADV D's features no longer matter; random starts change psi' or w'; an FF checkpoint may start from a random w'."""
     def run(*flags, ckpt=checkpoint):
-        command = ["finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", "3", "--out", tmp_path / "p.pt", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        stage2.main()   # in this process: quicker than eight of them
+        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", 3, "--out", "p.pt", *flags, cwd=tmp_path)
         return tensors(tmp_path / "p.pt")
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | {"w0": state["w0"] * 0, "V.blocks.0.conv1.bias": state["V.blocks.0.conv1.bias"] + 1}, tmp_path / "other-D.pt")
@@ -232,10 +139,8 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (folder / "text.jpg").write_text("no picture")
     (folder / "text.mp4").write_text("no video")
     (folder / "cut.mp4").write_bytes(clip.read_bytes()[:3000])                  # its index was at the end
-    from PIL import Image
     Image.new("RGB", (300, 300)).save(folder / "dark.png")
     Image.open(PHOTO).save(folder / "copy.png")
-    from conftest import write_clip
     write_clip(folder / "dark.mp4", [np.zeros((64, 64, 3), np.uint8)] * 4, np.arange(4) * 512)
     with av.open(str(folder / "sound.mp4"), "w") as out:
         audio = out.add_stream("aac", rate=16000, layout="mono")
@@ -277,10 +182,10 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     use = {"photo": PHOTO, "driver": ROOT / "assets" / "speech.npz", "checkpoint": checkpoint, "out": "result.mp4"} | change
     arguments = [part for k, v in use.items() for part in (f"--{k}", v)]
     if change == {"driver": "dark.mp4"}:                                        # the one that is found out frame by frame,
-        result = script("infer.py", *arguments, cwd=wrong)                      # under a progress bar
+        result = here("infer.py", *arguments, cwd=wrong)                        # under a progress bar
         assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
     elif "checkpoint" in change and "vgg" in change["checkpoint"]:              # torch hub announces its download
-        result = script("infer.py", *arguments, cwd=wrong, TORCH_HOME=str(wrong))
+        result = here("infer.py", *arguments, cwd=wrong, TORCH_HOME=str(wrong))
         assert result.returncode == 2 and words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     else:
         assert words in fail("infer.py", *arguments, cwd=wrong)
@@ -309,9 +214,17 @@ def test_other_stages_refuse_wrong_input_in_one_line(wrong, checkpoint, argument
     assert words in fail(*(checkpoint if a == "CHECKPOINT" else a for a in arguments), cwd=wrong, TORCH_HOME=str(wrong))
 
 
+@pytest.mark.parametrize("arguments", [
+    ["meta_train.py", "--toy", "--batch", "0"], ["data.py", "--videos", "nowhere"], ["finetune.py", "--photos", "text.jpg"],
+    ["infer.py", "--photo", "text.jpg", "--driver", "dark.mp4"], ["evaluate.py", "--data", "nowhere"]])
+def test_every_script_refuses_with_exit_code_2_and_one_line(wrong, arguments):
+    """As a process; main() alone is what the tests above call."""
+    fail(*arguments, cwd=wrong, start=script)
+
+
 def test_a_failed_run_leaves_the_last_result_alone(wrong, checkpoint, tmp_path):
     (tmp_path / "result.mp4").write_bytes(b"precious")
-    assert script("infer.py", "--photo", PHOTO, "--driver", wrong / "dark.mp4", "--checkpoint", checkpoint, cwd=tmp_path).returncode == 2
+    assert here("infer.py", "--photo", PHOTO, "--driver", wrong / "dark.mp4", "--checkpoint", checkpoint, cwd=tmp_path).returncode == 2
     assert (tmp_path / "result.mp4").read_bytes() == b"precious"
 
 

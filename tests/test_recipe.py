@@ -1,0 +1,352 @@
+"""The recipe of Sec. 3.2 and 3.3: what the stages compute, against references that spell out the paper's equations.
+
+Each mutant that was tried on the code (one update of D, e of the first frame, a weight left out, ...) fails one of these.
+"""
+import copy
+import functools
+import importlib
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import device
+import meta_train
+from config import Config
+from conftest import PHOTO, ROOT, TINY_FLAGS, networks
+from finetune import embed, finetune
+from losses import ContentLoss
+from meta_train import make_optimizers, train_step
+from model import Discriminator, load_checkpoint
+from toy import ToyHeads
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Everything in double precision, what asks for float32 too, and nothing in bfloat16: a reference agrees to many digits."""
+    monkeypatch.setattr(device, "fast_dtype", lambda device: torch.float64)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float)
+
+
+def standing_still(*nets):
+    """Stop spectral normalisation's power iteration, which moves with every forward pass of a reference."""
+    for net in nets:
+        for module in net.modules():
+            if hasattr(module, "n_power_iterations"):
+                module.n_power_iterations = 0
+
+
+def pictures(*shape):
+    """Noise about colours of their own, in [-1, 1]."""
+    return (torch.rand(*shape, 3, 64, 64) + torch.rand(*shape, 3, 1, 1) - 1)
+
+
+def near_the_hinge(D, w, x, y):
+    """Small scores, so that both sides of the hinge are at work: from W and w0 of less weight, and from b."""
+    with torch.no_grad():
+        D.W *= 0.1
+        D.w0 *= 0.1
+        D.b -= (D.V(x, y)[0] @ (0.1 * w)).mean()
+
+
+def l1(a, b):
+    return (a - b).abs().mean()
+
+
+def descend(loss, parameters, lr):
+    """p - lr * gradient, by hand."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        for p, g in zip(parameters, gradients):
+            p -= lr * (0 if g is None else g)
+
+
+def agree(net, reference, start):
+    """Every parameter has made the same step as in the reference. Returns how many have moved."""
+    moved = 0
+    for (name, p), q, s in zip(net.named_parameters(), reference.parameters(), start.parameters()):
+        step = (q - s).abs().max().item()
+        assert (p - q).abs().max().item() <= 1e-4 * step + 1e-9, (name, (p - q).abs().max().item(), step)
+        moved += step > 1e-8
+    return moved
+
+
+# ------------------------------------------------------------------------------------------ Sec. 3.2, eq. 1-6
+
+class Counted(torch.optim.SGD):
+    """Gradients as they are, where Adam would hide their scale; counts its steps."""
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight):
+    """Sec. 3.2 one frame at a time. x, y (B, K+1, 3, S, S), the target t first."""
+    phi_psi_P, theta = [*E.parameters(), *G.parameters()], [*D.V.parameters(), D.W, D.w0, D.b]
+    score = lambda image, b: D.V(image, y[b, :1])[0][0] @ (D.W[row[b]] + D.w0) + D.b                    # eq. 5
+    terms, x_hats = [], []
+    for b in range(len(row)):
+        e = torch.stack([E(x[b, k:k + 1], y[b, k:k + 1])[0] for k in range(1, x.shape[1])])
+        x_hat = G(y[b, :1], (sum(e) / len(e))[None])                                                    # eq. 1, 2
+        fm = [l1(f, r) for f, r in zip(D.V(x_hat, y[b, :1])[1], D.V(x[b, :1], y[b, :1])[1])]
+        mch = sum(l1(e_k, D.W[row[b]]) for e_k in e) / len(e)
+        terms.append(torch.stack([100 * l1(x_hat, x[b, :1]), -score(x_hat, b), 10 * sum(fm) / len(fm), mch]))
+        x_hats.append(x_hat.detach())
+    cnt, adv, fm, mch = torch.stack(terms).mean(0)                                                      # eq. 3, 4
+    norms = [torch.stack([E(x[b, k:k + 1], y[b, k:k + 1])[0].norm() for b in range(len(row)) for k in range(1, x.shape[1])]).mean(),
+             D.W[row].norm(dim=1).mean()]
+    descend(cnt + adv + fm + match_weight * mch, phi_psi_P, lr_EG)
+    for _ in range(2):                                                                                  # eq. 6
+        real, fake = (torch.stack([score(image[None], b) for b, image in enumerate(images)]) for images in (x[:, 0], torch.cat(x_hats)))
+        assert (real < 1).any() and (fake > -1).any()
+        dsc = torch.stack([max(torch.tensor(0.), 1 + f) + max(torch.tensor(0.), 1 - r) for f, r in zip(fake, real)]).mean()
+        descend(dsc, theta, lr_D)
+    return torch.stack([cnt, adv, fm, mch, dsc, *norms]).detach()
+
+
+@pytest.mark.parametrize("weight", [{}, {"match_weight": 0.0}])     # the paper's 10; the FF variant's 0
+def test_train_step_is_eq_1_to_6(weight, double):
+    """Two steps on two batches, E, G and D learning at rates of their own: losses, gradients, updates, what is logged."""
+    cfg, *nets = networks(psi_gain=3.0)
+    standing_still(*nets)
+    lr_EG, lr_D = 2e-4, 1e-4
+    rows = torch.tensor([2, 0]), torch.tensor([3, 2])
+    x, y = pictures(2, 2, 3), pictures(2, 2, 3)          # steps, B, K + 1
+    near_the_hinge(nets[2], nets[2].W.mean(0), x[0, :, 0], y[0, :, 0])
+    with torch.no_grad():   # a start at which nothing is zero
+        for net in nets:
+            for name, p in net.named_parameters():
+                if name.endswith("gamma"):
+                    p.fill_(0.5)
+    start, reference = copy.deepcopy(nets), copy.deepcopy(nets)
+    E, G, D = nets
+    optimizers = [Counted([*E.parameters(), *G.parameters()], lr_EG), Counted([*D.V.parameters(), D.w0, D.b], lr_D), Counted([D.W], lr_D)]
+    for row, a, b in zip(rows, x, y):
+        values = train_step(E, G, D, ContentLoss("l1"), optimizers, row, a, b, **weight)
+        expected = reference_step(*reference, row, a, b, lr_EG, lr_D, weight.get("match_weight", 10.0))
+        assert torch.allclose(values, expected, rtol=1e-6), (values, expected)
+        moved = [agree(*three) for three in zip(nets, reference, start)]
+    assert [o.steps for o in optimizers] == [2, 4, 4]                           # 1 : 2 : 2 a step
+    assert all(m > 0.7 * len(list(net.parameters())) for m, net in zip(moved, nets)), moved
+
+
+def test_the_optimizers_hold_every_parameter_once_at_the_papers_rates():
+    cfg, E, G, D = networks()
+    optimizers = make_optimizers(E, G, D, cfg)
+    held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
+    assert held == [{id(p) for net in (E, G) for p in net.parameters()}, {id(p) for p in [*D.V.parameters(), D.w0, D.b]}, {id(D.W)}]
+    assert [(o.defaults["lr"], o.defaults["betas"]) for o in optimizers] == [(5e-5, (0, 0.999)), (2e-4, (0, 0.999)), (2e-4, (0, 0.999))]
+    assert isinstance(optimizers[0], torch.optim.Adam) and isinstance(optimizers[1], torch.optim.Adam)
+    before = D.W.detach().clone()
+    D.rows(torch.tensor([2, 2])).sum().backward()
+    optimizers[2].step()
+    moved = (D.W - before).detach()
+    assert torch.allclose(moved[2], torch.full_like(moved[2], -2e-4), rtol=1e-3) and not moved[[0, 1, 3]].any()
+
+
+# ---------------------------------------------------------------------------------------------- the long run
+
+class Few(ToyHeads):
+    """Three people with a frame each, drawn once: quick to load."""
+    draw = functools.cache(ToyHeads.draw)
+
+    def load(self, i, choose):
+        frames, points = self.draw(i, 0)
+        n = len(choose(self.count(i)))
+        return np.stack([frames] * n), np.stack([points] * n)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(step, *flags): meta_train.main() in this process on three people, with `step` in place of train_step."""
+    def start(step, *flags):
+        def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
+            assert match_weight == (0 if "--no-match" in flags else 10)
+            step(E, G, D, row, x)
+            return torch.zeros(7)
+        monkeypatch.setattr(meta_train, "train_step", train_step)
+        monkeypatch.setattr(meta_train, "PreparedVideos", lambda folder, size, *rest: Few(3, size))
+        monkeypatch.setattr(meta_train, "sample_grid", lambda *rest, **names: None)
+        monkeypatch.setattr(sys, "argv", ["meta_train.py", "--out", str(tmp_path / "run"), "--image-size", "64", "--min-channels", "8",
+                                          "--max-channels", "16", "--content", "l1", *map(str, flags)])
+        meta_train.main()
+        return tmp_path / "run"
+    return start
+
+
+@pytest.mark.parametrize("flags,steps", [([], math.ceil(75 * 3 / 2)), (["--no-match"], math.ceil(150 * 3 / 2))])
+def test_default_epochs(run, flags, steps):
+    """An epoch draws as many episodes as there are videos; 75 of them, 150 for the FF variant."""
+    seen = []
+    folder = run(lambda E, G, D, row, x: seen.append(tuple(x.shape[:2])), "--batch", 2, "--K", 1, *flags)
+    assert len(seen) == steps and set(seen) == {(2, 2)}
+    state = load_checkpoint(folder / f"step-{steps}.pt")
+    assert state["step"] == steps and state["config"].match == (not flags)
+
+
+def test_default_batch_and_k_are_the_papers(run):
+    seen = []
+    folder = run(lambda E, G, D, row, x: seen.append((x.shape, row, D.W.detach().clone())), "--steps", 1)
+    (shape, row, W), = seen
+    assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}       # 48 episodes of 1 + 8 frames (A.1)
+    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, 8, 16, 3, "dlib", "l1")
+    assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6     # W as it starts in a run
+
+
+def test_moving_average_by_hand(run):
+    """The checkpoint holds a = d a + (1 - d) p after every step, d = min(decay, n / (n + 10)); from the start's a."""
+    numbers, at_first = {1: 2.0, 2: -1.0, 3: 5.0}, []
+
+    def step(E, G, D, row, x):
+        pick = E.net.blocks[0].conv1.bias, G.to_rgb.bias
+        at_first.append([p.detach().clone() for p in pick])
+        for p in pick:
+            p.data.fill_(numbers[len(at_first)])
+    state = load_checkpoint(run(step, "--steps", 3, "--batch", 1, "--K", 1, "--ema", 0.15) / "step-3.pt")
+    for key, a in zip(("E.net.blocks.0.conv1.bias", "G.to_rgb.bias"), at_first[0]):
+        for n, d in ((1, 1 / 11), (2, 0.15), (3, 0.15)):
+            a = d * a + (1 - d) * numbers[n]
+        assert torch.allclose(state[key], a, atol=1e-5), key
+
+
+def test_a_moving_average_leaves_what_has_no_mean():
+    average, net = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    nn.init.constant_(average.weight, 1.0), nn.init.constant_(net.weight, 3.0), net.running_mean.fill_(7.0)
+    meta_train.update_average([average], [net], 0.75)
+    assert average.weight.tolist() == [1.5, 1.5] and net.weight.tolist() == [3, 3]
+    assert average.running_mean.tolist() == [7, 7] and average.weight.requires_grad     # buffers are taken as they are
+
+
+# --------------------------------------------------------------------------------------------- the networks
+
+def test_pooling_is_relu_then_the_sum_by_hand():
+    """A.4: global sum pooling, after ReLU, of the last block's output."""
+    cfg, E, G, D = networks()
+    for net in (E.net, D.V):
+        v, features = net.eval()(pictures(2), pictures(2))
+        by_hand = torch.zeros(2, 16)
+        for r in range(4):
+            for c in range(4):
+                by_hand += features[-1][:, :, r, c].clamp(min=0)
+        assert (features[-1] < 0).any() and torch.allclose(v, by_hand, atol=1e-4)
+
+
+def test_psi_gain_scales_psi():
+    plain, gained = (networks(psi_gain=gain)[2].eval() for gain in (1.0, 8.0))
+    e, y = torch.rand(2, 16) * 5, pictures(2)
+    assert torch.allclose(gained.project(e), 8 * plain.project(e), atol=1e-5)
+    assert (gained(y, e) - plain.render(y, 8 * plain.project(e))).abs().max() < 1e-4
+    assert torch.allclose(plain.project(2 * e), 2 * plain.project(e), atol=1e-6)        # psi_hat = P e_hat, a matrix
+
+
+def test_the_generator_depends_on_the_person_and_on_the_pose():
+    cfg, E, G, D = networks()
+    with torch.no_grad():
+        e, y = 20 * torch.rand(2, 16), pictures(2)
+        same_y, same_e = G.eval()(y[:1].expand(2, -1, -1, -1), e), G(y, e[:1].expand(2, -1))
+    assert all((pair[0] - pair[1]).abs().mean() > 0.01 for pair in (same_y, same_e))
+    psi = G.project(e[:1]).detach().requires_grad_()
+    G.render(y[:1], psi).square().sum().backward()
+    assert (psi.grad != 0).float().mean() > 0.7                                 # but for dead units, every gamma and beta counts
+
+
+def test_w_starts_like_the_embeddings():
+    """W uniform about 0.5, of the embeddings' sign and of little spread; w0 about zero."""
+    torch.manual_seed(0)
+    D = Discriminator(Config(64, 8, 64, num_videos=500))
+    assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6 and D.W.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert D.W.std().item() == pytest.approx(12 ** -.5, abs=0.02) and D.W[0].ne(D.W[1]).all()
+    assert 0 < D.w0.abs().max() <= 1 / 8 and D.w0.min() < 0 < D.w0.max()
+
+
+# ------------------------------------------------------------------------------------------ Sec. 3.3, eq. 7-10
+
+def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial):
+    """Sec. 3.3 one frame at a time, on all T frames at once; G without P."""
+    T = len(x)
+    e_new = sum(E(x[t:t + 1], y[t:t + 1])[0] for t in range(T)).detach() / T                            # eq. 7
+    psi, w = (G.P.weight @ e_new * 2).detach().requires_grad_(), (D.w0 + e_new).detach().requires_grad_()     # psi_gain is 2
+    parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]
+    score = lambda image, t: D.V(image, y[t:t + 1])[0][0] @ w + D.b                                     # eq. 8
+    history = []
+    for _ in range(steps):
+        terms, x_hats = [], []
+        for t in range(T):
+            x_hat = G.render(y[t:t + 1], psi[None])
+            fm = [l1(f, r) for f, r in zip(D.V(x_hat, y[t:t + 1])[1], D.V(x[t:t + 1], y[t:t + 1])[1])]
+            terms.append(torch.stack([100 * l1(x_hat, x[t:t + 1]), -score(x_hat, t), 10 * sum(fm) / len(fm)]))
+            x_hats.append(x_hat.detach())
+        cnt, adv, fm = torch.stack(terms).mean(0)
+        descend(cnt + (adv + fm if adversarial else 0), [*parameters_G, psi], lr)                       # eq. 9
+        for _ in range(2):                                                                              # eq. 10
+            real, fake = (torch.stack([score(images[t:t + 1], t) for t in range(T)]) for images in (x, torch.cat(x_hats)))
+            assert (real < 1).any() and (fake > -1).any()
+            dsc = torch.stack([max(torch.tensor(0.), 1 + f) + max(torch.tensor(0.), 1 - r) for f, r in zip(fake, real)]).mean()
+            descend(dsc, [*D.V.parameters(), w, D.b], lr_D)
+        history.append([v.item() for v in (cnt, adv, fm, dsc)])
+    return psi.detach(), w.detach(), history
+
+
+@pytest.mark.parametrize("adversarial", [True, False])
+def test_finetune_is_eq_7_to_10(adversarial, double, monkeypatch):
+    cfg, *nets = networks(lr=3e-4, lr_d=5e-6, psi_gain=2.0)
+    standing_still(*nets)
+    x, y = pictures(3), pictures(3)
+    with torch.no_grad():
+        for p in nets[0].net.blocks[-1].parameters():
+            p *= 0.1        # small embeddings, and so small scores
+        nets[2].w0 *= 0.1
+        nets[2].b -= (nets[2].V(x, y)[0] @ (nets[2].w0 + embed(nets[0], x, y))).mean()
+    reference, start = copy.deepcopy(nets), copy.deepcopy(nets)
+    rates = []
+
+    def adam(parameters, lr, betas):
+        rates.append((lr, betas))
+        return torch.optim.SGD(parameters, lr)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", adam)
+        psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial)
+    assert rates == [(3e-4, (0, 0.999)), (5e-6, (0, 0.999))]                    # those of the meta-learning
+    psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, 0, 0, 0, True)[:2]
+    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial)
+    assert np.allclose([[h[k] for k in ("cnt", "adv", "fm", "dsc")] for h in history], history_, rtol=1e-6), (history, history_)
+    for ours, theirs, began in ((psi, psi_, psi_start), (w, w_, w_start)):
+        step = (theirs - began).abs().max()
+        assert step > 1e-7 and (ours - theirs).abs().max() < 1e-4 * step
+    E, G, D = (agree(*three) for three in zip(nets, reference, start))
+    assert E == 0 and G > 20 and D > 20                                         # E stands still
+
+
+# --------------------------------------------------------------------------------------------------- on a GPU
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_stage_on_a_gpu(tmp_path, monkeypatch):
+    """Two steps of training, resumed; fine-tuning; rendering with and without it; scores: with CUDA, as the scripts choose it."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        importlib.import_module(name).main()
+    for steps in (1, 2):
+        call("meta_train", *TINY_FLAGS, "--steps", steps, "--ema", 0.9, "--out", "run", "--resume")
+    common, track = ("--checkpoint", "run/step-2.pt"), ROOT / "assets/speech.npz"
+    call("finetune", "--photos", PHOTO, *common, "--epochs", 2, "--out", "p.pt")
+    call("infer", "--person", "p.pt", "--driver", track)
+    call("infer", "--photo", PHOTO, "--driver", track, *common, "--feed-forward", "--out", "ff.mp4")
+    call("evaluate", "--toy", *common, "--videos", 1, "--shots", 1, "--holdout", 2)
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("result.mp4", "ff.mp4", "runs/eval/table.md", "p.pt"))
+    cfg, E, G, D = networks()
+    y, e = pictures(2), torch.rand(2, 16) * 5
+    with torch.no_grad():
+        on_cpu, on_gpu = G.eval()(y, e), G.cuda()(y.cuda(), e.cuda()).cpu()
+    assert (on_cpu - on_gpu).abs().max() < 0.05                                 # TF32
