@@ -3,40 +3,25 @@
     python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper: wants a GPU
     python data.py --videos DIR --out DIR --landmarks dlib      # offline, about 10 ms a frame on a CPU core
 
-Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of a
-VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos there one together.
-A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,), "landmarks": (n, 68, 2) in pixels,
-"image_size", "detector"}.
+Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of
+a VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos
+there one together. A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,),
+"landmarks": (n, 68, 2) in pixels, "image_size", "detector"}.
 Running it again goes on where it stopped.
 """
 import hashlib
 import io
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from config import Config
-from faces import (TURNED, crop, face_box, inside, landmark_detector, steady_boxes, to_crop, upright,
-                   which_face, words_on_choice)
 from files import UserError, make_parser, run, save_tensors, warn
-from media import count_frames, read_photo, read_video, to_rgb
-from video import track_video
-
-PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".bmp", ".tif", ".tiff",
-          ".gif"}
-CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts", ".m2ts", ".wmv",
-         ".flv", ".vob", ".dv", ".ogv"}
-SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information",
-          "lost+found", "#snapshot", "@recently-snapshot"}     # folders that desktops and NAS leave behind
-
+from gather import prepare
 
 # ------------------------------------------------------------------------------------------- landmarks
 
@@ -61,7 +46,8 @@ def draw_landmarks(points, size):
     canvas = max(size, 256)
     image = Image.new("RGB", (canvas, canvas))
     pen, width = ImageDraw.Draw(image), max(1, size // 128) * (canvas // size)  # 2 pixels at 256
-    points = (np.asarray(points, np.float64) + 0.5) * (canvas / size) - 0.5     # pixel centres to pixel centres
+    points = np.asarray(points, np.float64)
+    points = (points + 0.5) * (canvas / size) - 0.5     # pixel centres to pixel centres
     for first, end, closed, colour in LINES:
         line = [tuple(p) for p in points[first:end]]
         pen.line(line + line[:1] * closed, fill=colour, width=width, joint="curve")
@@ -71,42 +57,52 @@ def draw_landmarks(points, size):
 # --------------------------------------------------------------------------------- datasets and episodes
 
 class PreparedVideos:
-    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, choose): some of them."""
+    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, choose): some."""
 
     def __init__(self, folder, image_size=None):
         self.folder = folder
         self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
         if not self.files:
-            raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR --out {folder}`, "
-                            "or train on drawn heads with --toy")
+            raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR "
+                            f"--out {folder}`, or train on drawn heads with --toy")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
-        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]     # rows of W belong to these files in this order
-        kinds = {}      # detector and size of each folder's first readable file: they may have been prepared one by one
+        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # what rows of W belong to
+        self.detector, self.image_size = self._agreement(image_size)
+
+    def _agreement(self, image_size):
+        """Detector and size of each folder's first readable file: they may have been prepared one by one."""
+        kinds, problem = {}, None
         for i, file in enumerate(self.files):
-            if os.path.dirname(file) not in kinds:
-                try:
-                    first = self._open(i)
-                    kinds[os.path.dirname(file)] = first["detector"], first["image_size"]
-                except UserError as e:
-                    problem = e
+            part = os.path.dirname(file)
+            if part in kinds:
+                continue
+            try:
+                sequence = self._open(i)
+                kinds[part] = sequence["detector"], sequence["image_size"]
+            except UserError as e:
+                problem = e
         if not kinds:
             raise problem
-        self.detector = next(iter(kinds.values()))[0]
-        self.image_size = image_size or min(stored for _, stored in kinds.values())
-        for part, (detector, stored) in kinds.items():
-            if detector != self.detector:
-                raise UserError(f"{part} was prepared with {detector} landmarks, another part of {folder} with {self.detector}: "
-                                "prepare one of them again")
-            if stored < self.image_size:
-                raise UserError(f"{part} was prepared at {stored} pixels: prepare it again with --image-size {self.image_size}")
+        detector = next(iter(kinds.values()))[0]
+        image_size = image_size or min(stored for _, stored in kinds.values())
+        for part, (other, stored) in kinds.items():
+            if other != detector:
+                raise UserError(f"{part} was prepared with {other} landmarks, another part of {self.folder} "
+                                f"with {detector}: prepare one of them again")
+            if stored < image_size:
+                raise UserError(f"{part} was prepared at {stored} pixels: prepare it again with "
+                                f"--image-size {image_size}")
+        return detector, image_size
 
     def _open(self, i):
         try:  # memory-mapped: a few frames of a long video cost a few frames
             sequence = torch.load(self.files[i], mmap=True, weights_only=True)
-            sequence["image_size"], sequence["detector"], sequence["landmarks"], sequence["offsets"], sequence["jpeg"]
+            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg"):
+                sequence[key]
             return sequence
         except Exception as e:
-            raise UserError(f"{self.files[i]} is damaged or not from data.py ({type(e).__name__}): delete it and prepare it again") from None
+            raise UserError(f"{self.files[i]} is damaged or not from data.py ({type(e).__name__}): "
+                            "delete it and prepare it again") from None
 
     def __len__(self):
         return len(self.files)
@@ -120,17 +116,21 @@ class PreparedVideos:
             return 0
 
     def load(self, i, choose):
-        """choose(count) -> frame numbers ts; returns frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) in pixels."""
+        """choose(count) -> frame numbers. Returns frames uint8 (k, S, S, 3), landmarks (k, 68, 2)."""
         sequence, S = self._open(i), self.image_size
-        frames, ts = [], choose(len(sequence["landmarks"]))
+        ts = choose(len(sequence["landmarks"]))
+        frames = []
         for t in ts:
             start, end = sequence["offsets"][t:t + 2].tolist()
             try:
                 image = Image.open(io.BytesIO(sequence["jpeg"][start:end].numpy()))
                 image.draft("RGB", (S, S))  # the JPEG decoder itself can shrink by 2, 4, 8
-                frames.append(np.asarray(image if image.size == (S, S) else image.resize((S, S), Image.BICUBIC)))
+                if image.size != (S, S):
+                    image = image.resize((S, S), Image.BICUBIC)
+                frames.append(np.asarray(image))
             except (OSError, SyntaxError, ValueError) as e:
-                raise UserError(f"frame {t} of {self.files[i]} is damaged ({e}): delete the file and prepare it again") from None
+                raise UserError(f"frame {t} of {self.files[i]} is damaged ({e}): "
+                                "delete the file and prepare it again") from None
         points = sequence["landmarks"][ts].numpy()
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 
@@ -138,14 +138,15 @@ class PreparedVideos:
 class Episodes(torch.utils.data.Dataset):
     """Sec. 3.2: item n = step * slots + slot is an episode, a pure function of (seed, step, rank, slot).
 
-    So resuming is exact, and the order does not depend on the number of loader workers. Item: (row, x, y): x, y uint8
-    (K+1, 3, S, S), the target frame t first, then s_1 ... s_K; row: the sequence's row in this rank's W.
+    So resuming is exact, and the order does not depend on the number of loader workers.
     Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
     """
 
     def __init__(self, videos, K, slots, seed=0, rank=0, world=1, config=Config()):
-        self.videos, self.K, self.slots, self.seed, self.rank, self.world = videos, K, slots, seed, rank, world
-        self.augment, self.stills, self.damaged = config.augment, config.stills, set()
+        self.videos, self.K, self.slots = videos, K, slots
+        self.seed, self.rank, self.world = seed, rank, world
+        self.augment, self.stills = config.augment, config.stills
+        self.damaged = set()
         own = range(rank, len(videos), world)
         self.rows = len(own)
         if not self.rows:
@@ -159,20 +160,11 @@ class Episodes(torch.utils.data.Dataset):
         return sys.maxsize  # drawn without end
 
     def __getitem__(self, n):
+        """-> the row in this rank's W, and x, y uint8 (K+1, 3, S, S), the target frame t first."""
         step, slot = divmod(n, self.slots)
         rng = np.random.default_rng((self.seed, step, self.rank, slot))
-        still = rng.random() < self.stills      # these are drawn evenly: one photo is as good as a long video for them
-        for attempt in range(100):
-            row = int(rng.integers(self.rows) if still else np.searchsorted(self.odds, rng.random(), side="right"))
-            try:
-                frames, points = self.videos.load(row * self.world + self.rank, lambda count: draw_frames(rng, count, self.K, still))
-                break
-            except UserError as e:  # one damaged file among many must not stop a training of days
-                if row not in self.damaged:
-                    warn(f"{e}. Another sample takes its place.")
-                self.damaged.add(row)
-        else:
-            raise UserError(f"100 samples in a row could not be read; the last one: {self.videos.files[row * self.world + self.rank]}")
+        still = rng.random() < self.stills
+        row, frames, points = self.draw(rng, still)
         if still:
             frames, points = warp(rng, frames, points)
         if self.augment:
@@ -180,9 +172,28 @@ class Episodes(torch.utils.data.Dataset):
         x, y = to_tensors(frames, points)
         return row, x, y
 
+    def draw(self, rng, still):
+        """K + 1 frames of a random sequence; one damaged file among many must not stop a training of days."""
+        for attempt in range(100):
+            if still:   # drawn evenly: one photo is as good as a long video
+                row = int(rng.integers(self.rows))
+            else:
+                row = int(np.searchsorted(self.odds, rng.random(), side="right"))
+            try:
+                i = row * self.world + self.rank
+                return row, *self.videos.load(i, lambda count: draw_frames(rng, count, self.K, still))
+            except UserError as e:
+                if row not in self.damaged:
+                    warn(f"{e}. Another sample takes its place.")
+                self.damaged.add(row)
+        raise UserError(f"100 samples in a row could not be read; the last one: {self.videos.files[i]}")
+
 
 def draw_frames(rng, count, K, still=False):
-    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat. still: K + 1 times t."""
+    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat.
+
+    still: K + 1 times t.
+    """
     t = int(rng.integers(count))
     if still:
         return [t] * (K + 1)
@@ -191,36 +202,47 @@ def draw_frames(rng, count, K, still=False):
 
 
 def warp(rng, frames, points):
-    """Turn, scale, shear and shift every frame a little by itself: one photo becomes a short video (not in the paper)."""
+    """Turn, scale, shear and shift each frame by itself: a photo becomes a short video (not in the paper)."""
     S, warped, moved = frames.shape[1], [], []
     for frame, p in zip(frames, points):
-        A = np.eye(2) + rng.uniform(-.15, .15, (2, 2))                          # result -> source, about the middle
+        # result -> source, about the middle
+        A = np.eye(2) + rng.uniform(-.15, .15, (2, 2))
         shift = (np.eye(2) - A) @ (S / 2, S / 2) + rng.uniform(-.06, .06, 2) * S
-        padded = Image.fromarray(np.pad(frame, ((S // 2,) * 2, (S // 2,) * 2, (0, 0)), mode="reflect"))
         (a, b), (c, d) = A
-        warped.append(np.asarray(padded.transform((S, S), Image.AFFINE, (a, b, shift[0] + S // 2, c, d, shift[1] + S // 2), Image.BICUBIC)))
+        edge = S // 2
+        padded = np.pad(frame, ((edge, edge), (edge, edge), (0, 0)), mode="reflect")
+        coefficients = (a, b, shift[0] + edge, c, d, shift[1] + edge)
+        image = Image.fromarray(padded).transform((S, S), Image.AFFINE, coefficients, Image.BICUBIC)
+        warped.append(np.asarray(image))
         moved.append((p + 0.5 - shift) @ np.linalg.inv(A).T - 0.5)
     return np.stack(warped), np.stack(moved)
 
 
-MIRRORED = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]
+MIRRORED = np.r_[                                   # which point a mirrored face has in each place
+    16:-1:-1, 26:16:-1,                             # jaw, brows
+    27:31, 35:30:-1,                                # nose
+    45:41:-1, 47, 46, 39:35:-1, 41, 40,             # eyes
+    54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]         # outer lips, inner lips
 
 
 def recolour_and_mirror(rng, frames, points):
-    """Gamma and tint, the same for an episode's frames, and half of the episodes mirrored (not in the paper)."""
+    """Gamma and tint, the same for all frames; half of the episodes mirrored (not in the paper)."""
     gamma = 2 ** (rng.uniform(-.5, .5) + rng.uniform(-.15, .15, 3))
-    table = (255 * np.linspace(0, 1, 256)[:, None] ** gamma).round().astype(np.uint8)      # (256, 3)
+    levels = np.linspace(0, 1, 256)[:, None]
+    table = (255 * levels ** gamma).round().astype(np.uint8)    # (256, 3)
     frames = table[frames, np.arange(3)]
     if rng.random() < .5:
         frames, points = frames[:, :, ::-1], points[:, MIRRORED]
-        points = np.stack([frames.shape[2] - 1 - points[..., 0], points[..., 1]], axis=-1)
+        x = frames.shape[2] - 1 - points[..., 0]
+        points = np.stack([x, points[..., 1]], axis=-1)
     return frames, points
 
 
 def to_tensors(frames, points):
-    """Frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) -> x, y uint8 (k, 3, S, S), y drawn here (Sec. 3.1)."""
-    y = np.stack([draw_landmarks(p, frames.shape[1]) for p in points])
-    return tuple(torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in (frames, y))
+    """Frames uint8 (k, S, S, 3), landmarks (k, 68, 2) -> x, y uint8 (k, 3, S, S), y drawn here (Sec. 3.1)."""
+    drawn = np.stack([draw_landmarks(p, frames.shape[1]) for p in points])
+    x, y = (np.ascontiguousarray(part.transpose(0, 3, 1, 2)) for part in (frames, drawn))
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def to_float(images, device="cpu"):
@@ -230,211 +252,35 @@ def to_float(images, device="cpu"):
 
 def to_uint8(images):
     """Float tensor (..., 3, S, S) in [-1, 1] -> uint8 array (..., S, S, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+    levels = (images.float().clamp(-1, 1) + 1) * 127.5
+    return levels.round().byte().movedim(-3, -1).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------- preparing a folder
-
-def evenly(items, n):
-    """At most n of the items, evenly spread from the first to the last."""
-    return items if len(items) <= n else [items[k] for k in np.linspace(0, len(items) - 1, n).round().astype(int)]
-
-
-def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
-    """Yield (crop uint8 (size, size, 3), points (68, 2) in the crop) of a photo, or of a clip's frames that show a face.
-
-    max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
-    complain(line) is told which of several faces was taken, and what was turned.
-    """
-    if Path(path).suffix.lower() in CLIPS:
-        yield from faces_in_clip(path, detect, detector, size, max_frames, complain)
-    else:
-        yield face_in_photo(path, detect, size, complain)
-
-
-def face_in_photo(path, detect, size, complain):
-    """-> (crop, points), as above."""
-    image, faces, turns = upright(read_photo(path), detect)
-    if not faces:
-        raise UserError(f"no face found in {path}, however turned; if there is one that looks at the camera, "
-                        "cut the picture closer to it")
-    face = which_face(faces, image)
-    choice = words_on_choice(faces, face, path)
-    if choice:
-        complain(choice)
-    if turns:
-        complain(f"{path} {TURNED[turns]}")
-    points = detect.landmarks(image, face)
-    box = inside(face_box(points), image)
-    return crop(image, box, size), to_crop(points, box, size)
-
-
-def faces_in_clip(path, detect, detector, size, max_frames, complain):
-    """Yield (crop, points), as above."""
-    count = count_frames(path) if max_frames else 0
-    chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
-    track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
-    boxes = steady_boxes(track.points, track.seconds())
-    kept = (frame for k, frame in enumerate(read_video(path, lambda line: None)) if k in chosen)
-    for frame, box, points, found in zip(kept, boxes, track.points, track.found):
-        if found:
-            image = np.rot90(to_rgb(frame), track.turns)
-            box = inside(box, image)
-            yield crop(image, box, size), to_crop(points, box, size)
-
-
-def find_sequences(root, out=None):
-    """-> {name: [files]} of the sequences below root, and lines on all that is not used. out: a folder to pass over."""
-    sequences, unused = {}, []
-    for folder, files, lines in walk(root, out):
-        name = os.path.relpath(folder, root)
-        unused += [f"{name}: {line}" for line in lines]
-        if name == ".":
-            clips = [f for f in files if f.suffix.lower() in CLIPS]
-            sequences |= {f.name: [f] for f in clips}
-            files, name = [f for f in files if f not in clips], "_photos"
-        if files:
-            sequences[name] = files
-    return sequences, unused
-
-
-def walk(root, out=None):
-    """Yield (folder, [its photos and clips], [lines on what else is there]) for root and every folder below it, once.
-
-    Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those that systems
-    leave behind are passed over: they hold copies and thumbnails.
-    """
-    above = Path(os.path.realpath(root)).parents
-    seen = {identity(folder) for folder in above}
-    ours = identity(out) if out and os.path.isdir(out) else None
-    folders, links = [root], []
-    while folders or links:
-        folder = folders.pop(0) if folders else links.pop(0)
-        if identity(folder) in seen:
-            yield folder, [], ["a link to a folder that is used already"]
-            continue
-        seen.add(identity(folder))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as e:
-            yield folder, [], [e.strerror]
-            continue
-        files, others, lines = [], [], []
-        inner = [entry for entry in entries if entry.is_dir() and identity(entry.path) != ours]
-        for entry in inner:
-            if is_system(entry.name):
-                lines.append(f"the hidden or system folder {entry.name} is passed over")
-            else:
-                (links if entry.is_symlink() else folders).append(entry.path)
-        for entry in entries:
-            if entry.is_file() and not is_system(entry.name) and Path(entry.name).suffix.lower() in PHOTOS | CLIPS:
-                files.append(Path(entry.path))
-            elif not entry.is_dir():
-                others.append(entry.name)
-        if others:
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
-        if not files and not inner:
-            lines.append("no videos or photos in this folder")
-        yield folder, files, lines
-
-
-def identity(folder):
-    """What is the same for all names of a folder."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def is_system(name):
-    return name.startswith(".") or name.lower() in SYSTEM
-
-
-_detect = None  # each worker process builds its detector once
-
-
-def _start_worker(kind):
-    global _detect
-    torch.set_num_threads(1)
-    _detect = landmark_detector(kind)
-
-
-def _prepare(files, out, kind, size, max_frames):
-    """One sequence -> one file. Returns (frames stored, [what could not be used])."""
-    files = evenly(files, max_frames or len(files))
-    jpegs, landmarks, problems = [], [], []
-    for file in files:
-        try:
-            for face, points in faces_in(file, _detect, kind, size, max_frames // len(files), problems.append):
-                buffer = io.BytesIO()
-                Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
-                jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
-                landmarks.append(torch.from_numpy(points))
-        except UserError as e:
-            problems.append(str(e))
-        except Exception as e:  # one odd file among a million must not stop the rest; it is named in the summary
-            problems.append(f"{file}: {type(e).__name__}: {e}")
-    if len(jpegs) < 2:
-        return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
-    offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
-    save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
-                  "image_size": size, "detector": kind}, out)
-    return len(jpegs), problems
-
-
-def prepare(videos, out, kind, size, max_frames, workers):
-    """`python data.py`: every sequence below `videos` becomes a file in `out`. Prints a summary."""
-    if not os.path.isdir(videos):
-        raise UserError(f"no folder {videos}: name the one that holds the videos or photos with --videos DIR")
-    sequences, problems = find_sequences(videos, out)
-    if not sequences:
-        raise UserError(f"{videos} holds neither videos nor photos")
-    there = PreparedVideos(out) if any(Path(out).rglob("*.pt")) else None
-    if there and (there.image_size, there.detector) != (size, kind):
-        raise UserError(f"{out} was prepared with --image-size {there.image_size} --landmarks {there.detector}: "
-                        "name the same, or another --out")
-    todo = {name: files for name, files in sequences.items() if not os.path.exists(f"{out}/{name}.pt")}
-    landmark_detector(kind)  # fails here, before the workers start, if it cannot be built
-
-    # the work
-    done, frames, stop = 0, 0, None
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (kind,)) as pool:
-        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames) for name, files in todo.items()]
-        try:
-            for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
-                count, lines = job.result()
-                done += count > 0
-                frames += count
-                problems += lines
-        except BrokenProcessPool:
-            stop = UserError("a worker process died, perhaps for want of memory: run it again to go on, "
-                             "with fewer --workers")
-        except UserError as e:  # it cannot be written
-            stop = e
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    # the summary
-    print(f"{out}: {done} sequences with {frames} frames prepared, {len(sequences) - len(todo)} were there already")
-    if problems:
-        print(f"not used, not all of it, or worth a look ({len(problems)}):", *sorted(problems), sep="\n  ")
-    if stop or (done == 0 and len(sequences) == len(todo)):
-        raise stop or UserError(f"nothing in {videos} could be used")
-
+# ---------------------------------------------------------------------------------------- the command
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--videos", default="videos", metavar="DIR", help="videos, or folders of frames or photos (default: videos)")
-    parser.add_argument("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
-    parser.add_argument("--landmarks", choices=("fan", "dlib"), default="fan", help="the detector (default: fan, the paper's)")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels of a crop (default: 256)")
-    parser.add_argument("--max-frames", type=int, default=128, help="at most so many frames per sequence, evenly spread; 0: all, "
-                        "a sequence's crops then stay in memory until it is written (default: 128)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core; for fan on a GPU 2, which share it)")
+    add = parser.add_argument
+    add("--videos", default="videos", metavar="DIR",
+        help="videos, or folders of frames or photos (default: videos)")
+    add("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
+    add("--landmarks", choices=("fan", "dlib"), default="fan",
+        help="the detector (default: fan, the paper's)")
+    add("--image-size", type=int, default=256, help="pixels of a crop (default: 256)")
+    add("--max-frames", type=int, default=128,
+        help="at most so many frames per sequence, evenly spread; 0: all, and a sequence's crops stay in "
+             "memory until it is written (default: 128)")
+    add("--workers", type=int, help="processes (default: one a core; for fan on a GPU 2, which share it)")
     args = parser.parse_args()
-    workers = args.workers or (2 if args.landmarks == "fan" and torch.cuda.is_available() else os.cpu_count())
+    on_gpu = args.landmarks == "fan" and torch.cuda.is_available()
+    workers = args.workers or (2 if on_gpu else os.cpu_count())
     if workers < 1 or args.max_frames < 0:
         raise UserError("--workers must be at least 1, --max-frames at least 0")
     Config(image_size=args.image_size)  # refuses what no network takes
+    there = PreparedVideos(args.out) if any(Path(args.out).rglob("*.pt")) else None
+    if there and (there.image_size, there.detector) != (args.image_size, args.landmarks):
+        raise UserError(f"{args.out} was prepared with --image-size {there.image_size} --landmarks "
+                        f"{there.detector}: name the same, or another --out")
     prepare(args.videos, args.out, args.landmarks, args.image_size, args.max_frames, workers)
 
 

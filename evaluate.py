@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import PreparedVideos, evenly, to_float, to_tensors, to_uint8
+from data import PreparedVideos, to_float, to_tensors, to_uint8
 from device import default_device, fast_dtype
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, finetune,
                       load_for_finetuning)
+from gather import evenly
 from losses import FACE_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
                      torchscript_recognition)

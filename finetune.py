@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import faces_in, to_float, to_tensors
+from data import to_float, to_tensors
 from device import autocast, default_device
 from faces import landmark_detector
 from files import UserError, check_paths, make_parser, run
+from gather import faces_in
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
                     hinge_loss)
 from model import load_checkpoint, load_networks, save_checkpoint

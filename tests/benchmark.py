@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  (the project's own modules, from wherever this is run)
 import faces  # noqa: E402
+import gather  # noqa: E402
 import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
@@ -174,8 +175,8 @@ def data_():
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/a.mp4", 100, 224)
         alone = lambda: [detect(video.to_rgb(f)) for f in video.read_video(f"{folder}/a.mp4")]
-        data._detect = detect
-        whole = lambda: data._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", "dlib", 256, 0)
+        gather._detect = detect
+        whole = lambda: gather._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", "dlib", 256, 0)
         times = best({"alone": alone, "whole": whole}, 3)
         print("data, one core")
         row("decoding and detection alone, 224 pixels", f"{100 / times['alone']:.0f} frames/s")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import gather
 import faces
 import media
 import video
@@ -113,8 +114,8 @@ def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, 
     frame = face[:200, :240]
     Image.fromarray(frame).save(tmp_path / "a.png")
     write_clip(tmp_path / "a.mp4", [frame] * 5, np.arange(5) * 512, sound=False)
-    (photo, points), = data.faces_in(tmp_path / "a.png", detect, "dlib", 128)
-    frames = list(data.faces_in(tmp_path / "a.mp4", detect, "dlib", 128))
+    (photo, points), = gather.faces_in(tmp_path / "a.png", detect, "dlib", 128)
+    frames = list(gather.faces_in(tmp_path / "a.mp4", detect, "dlib", 128))
     assert len(frames) == 5
     for picture, p in frames:
         assert np.abs(picture.astype(int) - photo).mean() < 4 and np.abs(p - points).max() < 2
@@ -325,8 +326,8 @@ def test_preparing_a_folder(videos, tmp_path):
 
 
 def test_max_frames_are_spread_evenly(clip, detect):
-    few = list(data.faces_in(clip, detect, "dlib", 64, 3))
-    every = list(data.faces_in(clip, detect, "dlib", 64))
+    few = list(gather.faces_in(clip, detect, "dlib", 64, 3))
+    every = list(gather.faces_in(clip, detect, "dlib", 64))
     assert len(few) == 3 and len(every) == 18
     assert np.abs(few[-1][1] - every[-1][1]).max() < 1                          # the last frame is among them
 

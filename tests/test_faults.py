@@ -357,7 +357,8 @@ import os, random, resource, signal, sys, time
 sys.path[:0] = [%(root)r, %(tests)r]
 import numpy as np, torch
 from pathlib import Path
-from data import faces_in, PreparedVideos
+from data import PreparedVideos
+from gather import faces_in
 from faces import landmark_detector
 from files import UserError
 from video import load_track, track_video
