@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from config import Config
-from files import UserError, make_parser, run, save_tensors, warn
+from files import UserError, make_parser, run, warn
 from gather import prepare
 
 # ------------------------------------------------------------------------------------------- landmarks
