@@ -125,6 +125,14 @@ def test_short_videos_are_named_and_left_out(capsys):
         protocol.draw_protocol(Folder(short=39), [8], 32, 50, 0)
 
 
+def test_a_damaged_video_is_left_out_with_one_warning(tmp_path, capsys):
+    timed(tmp_path, broken=([0] * 80, np.arange(80) / 25), whole=([0] * 80, np.arange(80) / 25))
+    (tmp_path / "broken.pt").write_bytes(b"junk")
+    assert list(protocol.draw_protocol(PreparedVideos(str(tmp_path)), [8], 8, 50, 0)) == ["whole"]
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == 1 and "a second apart: broken" in said
+
+
 def test_a_given_split_is_kept():
     data = Folder(**{"train/a": 9, "test/a": 40, "train/b": 9, "test/b": 31, "other": 99})
     assert protocol.find_videos(data) == {"a": (0, 1), "b": (2, 3)}
