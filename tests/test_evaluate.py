@@ -50,7 +50,7 @@ def timed(folder, **videos):
     return PreparedVideos(str(folder))
 
 
-# ------------------------------------------------------------------------------------------- the protocol
+# ------------------------------------------------------------------------------------- the protocol
 
 class Folder:
     """Stands for PreparedVideos: names and numbers of frames."""
@@ -146,7 +146,7 @@ def test_who_is_the_same_person():
     assert who == ["id00061", "id00061", "photos/Tom_Hanks", "photos/Halle_Berry"]
 
 
-# -------------------------------------------------------------------------------------------- the methods
+# -------------------------------------------------------------------------------------- the methods
 
 def test_the_controls_are_frames_of_the_source():
     """With one source frame both are this one; with two, the nearer one by its landmarks is found."""
@@ -181,7 +181,7 @@ def test_what_is_scored_is_what_users_get(tmp_path, monkeypatch):
     assert not np.array_equal(other, users)                         # the number format shows
 
 
-# -------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def command(*args, cwd, epochs=2):
     """What `python evaluate.py ARGS` prints in a folder, in this process; fine-tuning is cut short."""
