@@ -57,7 +57,7 @@ ABLATION = {  # A.2: what finetune() is called with
 NO_MATCH = "without L_MCH, random w'"
 
 
-# ---------------------------------------------------------------------------------------------- the methods
+# -------------------------------------------------------------------------------------- the methods
 
 class Setup(NamedTuple):
     """What is the same for all videos."""
@@ -71,7 +71,7 @@ class Setup(NamedTuple):
 
 
 def draw(G, psi, y):
-    """What users get, the frames of infer.py: G'(y; psi, psi') folded, in the device's fast number format.
+    """What users get of infer.py: G'(y; psi, psi') folded, in the device's fast number format.
 
     y (n, 3, S, S) -> uint8 (n, S, S, 3). G is not for training any more.
     """
@@ -84,11 +84,10 @@ def draw(G, psi, y):
 
 
 def methods(setup, T, source, truth):
-    """Learn from the first T frames of `source`, then draw the n hold-out frames, `truth`, by every method.
-
-    Yields (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)).
+    """Learn from the first T frames of `source`, then draw the n hold-out frames by every method.
 
     source, truth: (frames uint8, landmarks) of the learning and the hold-out part.
+    Yields (method, frames uint8 (n, S, S, 3), where their faces are (n, 68, 2)).
     """
     # the controls
     frames, points = source[0][:T], source[1][:T]
@@ -119,7 +118,7 @@ def methods(setup, T, source, truth):
 
 
 def score_video(folder, name, chosen, shots, source, truth, setup):
-    """One video, into its folder: strips and vectors of every method; at last scores.csv, and it is done.
+    """One video, into its folder: strips, vectors, and at last scores.csv, by which it is done.
 
     chosen: numbers of the hold-out frames.  source, truth: (frames, landmarks).
     """
@@ -150,9 +149,9 @@ def score_video(folder, name, chosen, shots, source, truth, setup):
 
 
 def training_people(data, recognise, kind, cache):
-    """-> (m, d): everybody in a prepared folder as the mean vector of 4 frames of each of their sequences.
+    """-> (m, d): everybody in a prepared folder, each the mean over 4 frames of all their sequences.
 
-    kind: says whose vectors these are; those of the same data by the same network are kept in `cache`.
+    kind: of the network. Vectors of the same data by the same network are kept in `cache`.
     """
     kind = f"{kind} {data.name} {data.image_size}"
     if cache.exists():
@@ -173,7 +172,7 @@ def training_people(data, recognise, kind, cache):
     return vectors
 
 
-# -------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 def parse():
     parser = make_parser(__doc__)

@@ -19,7 +19,7 @@ def ssim(a, b):
     return float(structural_similarity(a, b, channel_axis=2, **window))
 
 
-# ------------------------------------------------------------------------------------------- landmarks
+# ---------------------------------------------------------------------------------------- landmarks
 
 def enlarged(frame, points):
     """-> the frame at 256 pixels or more, and its landmarks there."""
@@ -40,7 +40,7 @@ def landmark_error(frame, points, detect):
     return float(100 * error / np.linalg.norm(points[36] - points[45]))
 
 
-# ----------------------------------------------------------- CSIM: the cosine of two of these vectors
+# --------------------------------------------------------- CSIM: the cosine of two of these vectors
 
 def dlib_recognition():
     """-> vector(frame uint8 (S, S, 3), points (68, 2)): 128 numbers of norm 1, by dlib's network."""
@@ -105,7 +105,7 @@ def rank(vectors, people, k):
     return 1 + (cosines > cosines[:, [k]]).sum(axis=1)
 
 
-# --------------------------------------------------------------------------------- Frechet distances
+# -------------------------------------------------------------------------------- Frechet distances
 
 def frechet(real, fake):
     """Frechet distance between two Gaussians, which have the moments of vectors (n, d) and (m, d).

@@ -40,7 +40,7 @@ def clock(data, i):
     None where nobody knows: drawn heads, and folders prepared before data.py kept "file", the number of
     the clip or photo that a frame is of, and "seconds", its time in it.
     """
-    if not isinstance(data, PreparedVideos) or not data.count(i):
+    if not isinstance(data, PreparedVideos):
         return None
     stored = torch.load(data.files[i], mmap=True, weights_only=True)
     if "seconds" not in stored:
@@ -76,14 +76,15 @@ def draw_protocol(data, shots, holdout, count, seed):
     videos = list(find_videos(data).items())
     for v in rng.permutation(len(videos)):
         name, (i, j) = videos[v]
-        seconds = clock(data, i)
+        frames = data.count(i)
+        seconds = clock(data, i) if i == j and frames else None
         if i != j:
-            learn, held = rng.permutation(data.count(i)), rng.permutation(data.count(j))
+            learn, held = rng.permutation(frames), rng.permutation(data.count(j))
         elif seconds is not None and seconds[-1] > 0:
             learn, held = map(rng.permutation, parts(seconds, need, holdout))
         else:
-            frames = rng.permutation(data.count(i))
-            learn, held = frames[:need], frames[need:]
+            shuffled = rng.permutation(frames)
+            learn, held = shuffled[:need], shuffled[need:]
         if len(learn) < need or len(held) < holdout:
             short.append(name)
         elif len(protocol) < count:

@@ -21,7 +21,7 @@ COLUMNS = ["video", "T", "method", "frame", "ssim", "csim", "csim_stranger", "ra
            "landmark_error", "found"]
 
 
-# --------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 def key(row):
     """What a method's strip and vectors are called."""
@@ -61,7 +61,7 @@ def read_vectors(path):
     return dict(np.load(path)) if Path(path).exists() else {}
 
 
-# ------------------------------------------------------------------------------------- whom they show
+# ----------------------------------------------------------------------------------- whom they show
 
 def add_identity(rows, vectors, people, training=None):
     """Fill in what recognition says of every frame: csim, csim_stranger, rank, nearer_training.
@@ -116,7 +116,7 @@ def distances(out, rows, vectors, network=None):
     return found
 
 
-# -------------------------------------------------------------------------------------------- Table 1
+# ------------------------------------------------------------------------------------------ Table 1
 
 def as_numbers(row):
     """NaN where there is none."""
@@ -235,7 +235,7 @@ def report(out, people, shots, holdout, judge, trained_on=False, training=None, 
     print(f"wrote {out}/table.md, {out}/scores.csv and {out}/figure.png")
 
 
-# --------------------------------------------------------------------------------- figure, user study
+# ------------------------------------------------------------------------------- figure, user study
 
 def figure(out, videos, shots, columns, limit=3):
     """Fig. 4: rows T of some videos; columns source, ground truth, every method."""

@@ -50,7 +50,7 @@ def timed(folder, **videos):
     return PreparedVideos(str(folder))
 
 
-# ------------------------------------------------------------------------------------------- the protocol
+# ------------------------------------------------------------------------------------- the protocol
 
 class Folder:
     """Stands for PreparedVideos: names and numbers of frames."""
@@ -125,6 +125,14 @@ def test_short_videos_are_named_and_left_out(capsys):
         protocol.draw_protocol(Folder(short=39), [8], 32, 50, 0)
 
 
+def test_a_damaged_video_is_left_out_with_one_warning(tmp_path, capsys):
+    timed(tmp_path, broken=([0] * 80, np.arange(80) / 25), whole=([0] * 80, np.arange(80) / 25))
+    (tmp_path / "broken.pt").write_bytes(b"junk")
+    assert list(protocol.draw_protocol(PreparedVideos(str(tmp_path)), [8], 8, 50, 0)) == ["whole"]
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == 1 and "a second apart: broken" in said
+
+
 def test_a_given_split_is_kept():
     data = Folder(**{"train/a": 9, "test/a": 40, "train/b": 9, "test/b": 31, "other": 99})
     assert protocol.find_videos(data) == {"a": (0, 1), "b": (2, 3)}
@@ -138,7 +146,7 @@ def test_who_is_the_same_person():
     assert who == ["id00061", "id00061", "photos/Tom_Hanks", "photos/Halle_Berry"]
 
 
-# -------------------------------------------------------------------------------------------- the methods
+# -------------------------------------------------------------------------------------- the methods
 
 def test_the_controls_are_frames_of_the_source():
     """With one source frame both are this one; with two, the nearer one by its landmarks is found."""
@@ -173,7 +181,7 @@ def test_what_is_scored_is_what_users_get(tmp_path, monkeypatch):
     assert not np.array_equal(other, users)                         # the number format shows
 
 
-# -------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def command(*args, cwd, epochs=2):
     """What `python evaluate.py ARGS` prints in a folder, in this process; fine-tuning is cut short."""
