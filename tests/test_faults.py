@@ -92,7 +92,7 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared, short_t
             time.sleep(rng.uniform(0.2, 1) * duration)
         while not slow and not list(cut.glob(MOMENTS[stage])):
             assert process.poll() is None
-            time.sleep(0.002)
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert slow or not finished(cut) == finished(whole)
