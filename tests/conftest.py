@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def two_threads_on_the_cpu(request, monkeypatch):
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
     if "cuda" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
