@@ -109,7 +109,8 @@ def test_preparing_a_folder(videos, tmp_path):
     said = succeed(*arguments, cwd=tmp_path)
     files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert files == ["id1/vid1.pt", "loose.mp4.pt", "person.pt", "vox1/name.pt"]
-    for words in ("4 sequences", "broken/a.mp4", "dark/none.mp4", "empty: no videos", "0 were there already"):
+    for words in ("4 sequences", "broken/a.mp4", "dark/none.mp4", "empty: no videos", "0 were there already",
+                  "person: neither videos nor photos: notes.txt"):
         assert words in said
     prepared = data.PreparedVideos(tmp_path / "out")
     counts = [len(torch.load(f, weights_only=True)["landmarks"]) for f in prepared.files]
@@ -120,6 +121,57 @@ def test_preparing_a_folder(videos, tmp_path):
     assert "--image-size 64" in fail(*arguments[:-4], "--image-size", "128", cwd=tmp_path)
     (tmp_path / "out/person.pt").unlink()
     assert "1 sequences with 2 frames prepared, 3 were there" in succeed(*arguments, "--max-frames", "3", cwd=tmp_path)
+
+
+def tree(root, *paths):
+    """Empty files below root, their folders made."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def sequences(root, out=None):
+    found, unused = data.find_sequences(root, out)
+    return {name: [f.name for f in files] for name, files in found.items()}, "\n".join(unused)
+
+
+def test_hidden_and_system_folders_are_passed_over(tmp_path):
+    tree(tmp_path, "ann/1.jpg", "ann/._1.jpg", "ann/.ipynb_checkpoints/1.jpg", "ann/@eaDir/S/1.jpg", ".Trash-1000/1.jpg",
+         "__MACOSX/ann/1.jpg", "ann/.DS_Store", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "bob/2.HEIC",
+         "bob/3.jfif", "bob/4.psd")
+    found, unused = sequences(tmp_path)
+    assert found == {"ann": ["1.jpg"], "bob": ["2.HEIC", "3.jfif"]}
+    for name in (".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", ".DS_Store", "._1.jpg", "$RECYCLE.BIN",
+                 "System Volume", "4.psd"):
+        assert name in unused, name
+
+
+@pytest.mark.parametrize("link,target", [("ann/latest", ".."), ("ann/up", "../.."), ("ann/v/self", "."), ("again", "ann"),
+                                         ("a", "ann"), ("ann/v/x", "../../bob")])
+def test_links_give_nobody_twice(tmp_path, link, target):
+    root = tree(tmp_path / "videos", "ann/1.jpg", "ann/v/2.jpg", "bob/3.jpg")
+    tree(tmp_path, "elsewhere/9.jpg")
+    (root / link).symlink_to(target)
+    found, unused = sequences(root)
+    assert found == {"ann": ["1.jpg"], "ann/v": ["2.jpg"], "bob": ["3.jpg"]}
+    assert link in unused and "used already" in unused
+
+
+def test_links_to_other_places_are_followed(tmp_path):
+    root = tree(tmp_path / "videos", "ann/1.jpg")
+    tree(tmp_path, "elsewhere/carl/9.jpg")
+    (root / "more").symlink_to("../elsewhere")
+    (root / "twice").symlink_to("../elsewhere/carl")
+    (root / "ann/broken").symlink_to("nowhere")
+    found, unused = sequences(root)
+    assert found == {"ann": ["1.jpg"], "more/carl": ["9.jpg"]} or found == {"ann": ["1.jpg"], "twice": ["9.jpg"]}
+    assert "broken" in unused
+
+
+def test_the_result_is_not_taken_for_videos(tmp_path):
+    tree(tmp_path, "ann/1.jpg", "prepared/ann.pt")
+    assert sequences(tmp_path, tmp_path / "prepared") == ({"ann": ["1.jpg"]}, "")
 
 
 def test_max_frames_are_spread_evenly(clip, detect):
