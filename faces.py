@@ -185,7 +185,7 @@ def which_face(faces, image):
 
     def merit(face):
         distance = np.linalg.norm((face.centre() - middle) / middle)     # 0 in the middle, 1 at the end of an axis
-        return face.width() * np.exp(-distance)
+        return face.width() * np.exp(-distance) * face.score ** 0.5
 
     return max((face for face in faces if face.score >= NEARLY * surest), key=merit)
 

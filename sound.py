@@ -51,7 +51,7 @@ class Sound:
         if audio is None:
             return
         if audio.codec_context is None or not audio.rate:
-            self.problem = "it cannot be read"
+            self.problem = "of a kind that is not known"
         elif audio.codec_context.name in COPIED:
             self.packets = self.copied(audio, out.add_stream_from_template(audio))
         else:
@@ -65,7 +65,8 @@ class Sound:
         if self.source is not None:
             self.source.close()
         if self.problem:
-            warn(f"the sound of {self.path} {'ends early' if self.written else 'is left out'}: {self.problem}")
+            what = "sound ends early" if self.written else "sound cannot be read or written, and is left out"
+            warn(f"{self.path}: its {what} ({self.problem})")
 
     def write_until(self, seconds):
         """Write the packets up to a time of the result. What is wrong with the sound does not cost the pictures."""

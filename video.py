@@ -230,8 +230,8 @@ def write_video(path, frames, pts, time_base, sound_from=None):
             with open_media(temporary, "w", format="mp4", options=options) as out:
                 stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
                 with Sound(sound_from, out, start) as sound:
-                    for frame, stamp in zip(frames, pts, strict=True):
-                        if not stream.width:    # size and format must be set before the first packet is written
+                    for k, (frame, stamp) in enumerate(zip(frames, pts, strict=True)):
+                        if k == 0:      # size and format must be set before the first packet is written
                             stream.height, stream.width = frame.shape[:2]
                             stream.pix_fmt = "yuv420p"
                             stream.codec_context.time_base = base

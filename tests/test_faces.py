@@ -1,0 +1,225 @@
+"""faces.py and photos: which face is meant, crops, pictures of every kind."""
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import data
+import faces
+import media
+from conftest import PHOTO
+from files import UserError
+
+
+def test_crop_follows_its_definition(face):
+    points = np.zeros((68, 2), np.float32)
+    points[36:42], points[42:48], points[[48, 54]] = (100, 90), (140, 90), (120, 130)
+    assert faces.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
+    box = np.array([120.0, 100.0, 50.0])
+    assert faces.to_crop(np.array([[120.0, 100.0], [70.0, 50.0]]), box, 100) == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
+
+
+def test_a_crop_stays_in_the_picture_where_it_fits():
+    image = np.zeros((100, 200, 3), np.uint8)
+    edges = lambda box: (box[0] + .5 - box[2], box[0] + .5 + box[2], box[1] + .5 - box[2], box[1] + .5 + box[2])
+    assert edges(faces.inside(np.array([100.0, 50.0, 30.0]), image)) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
+    assert edges(faces.inside(np.array([10.0, 90.0, 30.0]), image)) == pytest.approx((0, 60, 40, 100))               # moved
+    assert edges(faces.inside(np.array([10.0, 90.0, 70.0]), image)) == pytest.approx((0, 140, -20, 120))             # too high: in the middle
+
+
+def test_points_stay_on_the_same_pixels_in_the_crop():
+    image = np.zeros((120, 160, 3), np.uint8)
+    image[61:64, 81:84] = 255                                                   # a dot around (82, 62)
+    box = np.array([90.3, 55.7, 40.2])
+    x, y = faces.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
+    bright = np.argwhere(faces.crop(image, box, 256)[..., 0] > 128).mean(0)
+    assert (y, x) == pytest.approx(tuple(bright), abs=0.6)
+
+
+def test_crop_beyond_the_border_is_reflected():
+    image = np.arange(100, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2) * 2
+    out = faces.crop(image, np.array([0.0, 50.0, 20.0]), 40)[20, :, 0].astype(int)
+    assert abs(out[:19][::-1] - out[20:39]).max() <= 3                           # a mirror, not a streak
+    assert faces.crop(image[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
+
+
+def test_boxes_of_a_video_are_steady():
+    rng = np.random.default_rng(0)
+    face = np.zeros((68, 2))
+    face[36:42], face[42:48], face[[48, 54]] = (100, 90), (140, 90), (120, 130)
+    points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]  # jitter on a slow walk
+    boxes = faces.steady_boxes(points, np.arange(100) / 25)
+    assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(faces.face_box(points)[:, 0])).max()
+    assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5       # but it follows
+
+
+def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
+    points = detect(np.asarray(Image.open(PHOTO)))
+    assert points.shape == (68, 2) and points[30] == pytest.approx((224, 120), abs=12)      # the tip of her nose
+    assert points[36, 0] < points[45, 0] and points[36:48, 1].max() < points[48:, 1].min()
+    assert detect(np.zeros((300, 200, 3), np.uint8)) is None
+
+
+def picture(path, image, **options):
+    image.save(path, **options)
+    return media.read_photo(path)
+
+
+def test_photos_of_every_kind(tmp_path):
+    rgb = Image.new("RGB", (30, 20), (200, 100, 50))
+    assert picture(tmp_path / "a.png", rgb).shape == (20, 30, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                            # a phone held upright
+    assert picture(tmp_path / "b.jpg", rgb, exif=exif).shape == (30, 20, 3)
+    assert picture(tmp_path / "c.png", Image.new("L", (30, 20), 77))[0, 0].tolist() == [77] * 3
+    assert picture(tmp_path / "d.png", Image.new("RGBA", (30, 20), (9, 9, 9, 0)))[0, 0].tolist() == [255] * 3
+    assert picture(tmp_path / "e.png", Image.fromarray(np.full((4, 4), 65535, np.uint16)))[0, 0].tolist() == [255] * 3
+    assert picture(tmp_path / "f.png", Image.fromarray(np.full((4, 4), 32768, np.uint16))).max() < 140
+    assert picture(tmp_path / "g.jpg", Image.new("CMYK", (30, 20))).shape == (20, 30, 3)
+    assert picture(tmp_path / "h.gif", rgb.convert("P"), save_all=True, append_images=[rgb.convert("P")]).shape == (20, 30, 3)
+    assert picture(tmp_path / "i.png", Image.new("LA", (30, 20), (0, 0)))[0, 0].tolist() == [255] * 3
+
+
+def test_nothing_is_averaged_across_a_cut():
+    points = np.zeros((50, 68, 2))
+    points[:, 36:42], points[:, 42:48], points[:, [48, 54]] = (100, 90), (140, 90), (120, 130)
+    points[25:] += 300
+    assert faces.steady_boxes(points, np.arange(50) / 25)[:, 0] == pytest.approx([120] * 25 + [420] * 25)
+
+
+def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    from face_alignment.detection.sfd import sfd_detector
+    (tmp_path / "net-0123456789.pth").write_bytes(b"something else")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sfd_detector.models_urls, "s3fd", (tmp_path / "net-0123456789.pth").as_uri())
+    with pytest.raises(UserError, match="invalid hash value"):
+        faces.landmark_detector("fan")
+    assert not list((tmp_path / "home/hub/checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------ which face
+
+EYES = (224, 110)      # between the astronaut's eyes, in the bundled photo
+
+
+def saved_again(image, **options):
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, **options)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+@pytest.mark.parametrize("quality", [95, 80, 60, 40])
+@pytest.mark.parametrize("side", [512, 480, 640])
+def test_the_face_is_taken_and_not_the_patch(detect, quality, side):
+    """In ordinary re-savings of the astronaut a mission patch has the larger box, and a score of next to nothing."""
+    image = Image.open(PHOTO).resize((side, side), Image.LANCZOS)
+    points = detect(saved_again(image, format="JPEG", quality=quality))
+    scale = side / 512
+    assert np.linalg.norm(points[27] - np.array(EYES) * scale) < 25 * scale
+
+
+def two_heads(face, gap=20, small=1.0):
+    """The head, and beside it the mirrored one, `small` times as large: uint8 (200, W, 3)."""
+    other = Image.fromarray(face[:, ::-1])
+    other = np.asarray(other.resize((round(240 * small), round(200 * small)), Image.LANCZOS))
+    canvas = np.full((200, 240 + gap + 240, 3), 128, np.uint8)
+    canvas[:, :240] = face
+    canvas[:other.shape[0], 240 + gap:240 + gap + other.shape[1]] = other
+    return canvas
+
+
+def test_which_face_and_the_words_on_it():
+    image = np.zeros((200, 400, 3), np.uint8)
+    box = lambda x, width: (x - width / 2, 100 - width / 2, x + width / 2, 100 + width / 2)
+    left, right = faces.Face(box(100, 80), 2.0), faces.Face(box(300, 90), 1.9)
+    patch = faces.Face(box(200, 150), 0.1)
+    assert faces.which_face([left, right, patch], image) is right                # the larger of two that are sure
+    assert faces.which_face([left, patch], image) is left
+    assert "2 faces in x.jpg: took the one on the right; crop the photo" in faces.words_on_choice([left, right, patch], right, "x.jpg")
+    assert faces.words_on_choice([left, patch], left, "x.jpg") is None           # that was no choice
+    middle = faces.Face(box(210, 60), 2.0)
+    assert faces.where(middle, [left, middle, right]) == "in the middle"
+    beside = faces.Face(box(30, 70), 2.0)
+    assert faces.which_face([beside, middle], image) is middle                  # nearly as large, and in the middle
+
+
+def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
+    said = []
+    Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
+    (_, points), = data.faces_in(tmp_path / "two.png", detect, "dlib", 128, complain=said.append)
+    assert len(said) == 1 and "2 faces in" in said[0] and "on the left" in said[0]
+    said.clear()
+    list(data.faces_in(PHOTO, detect, "dlib", 128, complain=said.append))
+    assert said == []
+
+
+def test_fan_weighs_its_scores_too(face):
+    """The FAN branch, with a stand-in for its networks: they take a download."""
+    class Fan:
+        face_detector = type("SFD", (), {"detect_from_image": staticmethod(lambda image: [
+            np.array([10, 10, 190, 190, 0.55]), np.array([60, 40, 120, 110, 0.999])])})
+
+        def get_landmarks_from_image(self, image, detected_faces):
+            left, top, right, bottom, _ = detected_faces[0]
+            return [np.tile([(left + right) / 2, (top + bottom) / 2, 0], (68, 1))]
+    detect = faces.FanDetector.__new__(faces.FanDetector)
+    detect.fan = Fan()
+    assert detect(face)[0] == pytest.approx([90, 75]) and detect(face).dtype == np.float32
+
+
+@pytest.mark.parametrize("k,words", [(1, "lies on its side"), (2, "is upside down"), (3, "lies on its side")])
+def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, words):
+    said = []
+    Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
+    Image.fromarray(face).save(tmp_path / "upright.png")
+    (lying, points), = data.faces_in(tmp_path / "lying.png", detect, "dlib", 128, complain=said.append)
+    (upright, expected), = data.faces_in(tmp_path / "upright.png", detect, "dlib", 128)
+    assert words in said[0] and points == pytest.approx(expected, abs=1e-3) and np.array_equal(lying, upright)
+
+
+def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
+    Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
+    with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
+        list(data.faces_in(tmp_path / "dark.png", detect, "dlib", 128))
+
+
+# ---------------------------------------------------------------------------------------------- photos
+
+def wide_gamut():
+    """A profile whose red, green and blue are those of sRGB with the channels changed about: easy to tell."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[132 + 12 * k:136 + 12 * k]): 132 + 12 * k for k in range(count)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red + 4:red + 12], profile[green + 4:green + 12] = profile[green + 4:green + 12], profile[red + 4:red + 12]
+    return bytes(profile)
+
+
+def test_colour_profiles_are_obeyed(tmp_path):
+    red = Image.new("RGB", (8, 8), (220, 20, 20))
+    for name in ("a.png", "b.jpg"):
+        red.save(tmp_path / name, icc_profile=wide_gamut())
+        assert media.read_photo(tmp_path / name)[4, 4] == pytest.approx([20, 220, 20], abs=6)
+    red.convert("RGBA").save(tmp_path / "c.png", icc_profile=wide_gamut())
+    assert media.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
+    red.save(tmp_path / "d.png", icc_profile=b"damaged")
+    assert media.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
+    red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())         # of another mode than the picture
+    assert np.ptp(media.read_photo(tmp_path / "e.png")[4, 4]) == 0
+
+
+def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
+    Image.fromarray(face).save(tmp_path / "a.jfif", "JPEG", quality=95)
+    assert np.abs(media.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
+    with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:            # as a phone's: one HEVC or H.264 picture
+        stream = out.add_stream("libx264", rate=1, options={"crf": "5"})
+        stream.height, stream.width, stream.pix_fmt = *face.shape[:2], "yuv420p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(face, format="rgb24")))
+        out.mux(stream.encode())
+    assert np.abs(media.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
+    with pytest.raises(UserError, match="is a folder, and a photo is wanted"):
+        media.read_photo(tmp_path)
+    with pytest.raises(UserError, match="no file"):
+        media.read_photo(tmp_path / "none.heic")
