@@ -6,7 +6,8 @@
 Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of
 a VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos
 there one together. A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,),
-"landmarks": (n, 68, 2) in pixels, "image_size", "detector"}.
+"landmarks": (n, 68, 2) in pixels, "file" and "seconds": (n,), which clip or photo of the sequence a frame is
+of and its time there, "image_size", "detector"}.
 Running it again goes on where it stopped.
 """
 import hashlib

@@ -236,7 +236,7 @@ def write_protocol(args, data, content, device):
             chosen[name]["files"] = [digest(data.files[i]) for i in find_videos(data)[name]]
     protocol = {
         "checkpoint": digest(args.checkpoint), "ff_checkpoint": digest(args.ff_checkpoint),
-        "content": [content.kind, digest(args.vgg19), digest(args.vggface)],
+        "content": [content.kind, content.face_weight, digest(args.vgg19), digest(args.vggface)],
         "recognition": digest(args.recognition), "drawn": f"folded, {fast_dtype(device)}",
         "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
         "videos": chosen}

@@ -113,9 +113,9 @@ def randomised(what, e_new, psi, w, G, D, seed):
 
 def load_faces(paths, config, detect, max_frames=32):
     """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    pairs = [pair for path in paths
-             for pair in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
-    frames, points = zip(*pairs)
+    faces = [face for path in paths
+             for face in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
+    frames, points, _ = zip(*faces)
     x, y = to_tensors(np.stack(frames), np.stack(points))
     return to_float(x), to_float(y)
 

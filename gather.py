@@ -108,7 +108,8 @@ def is_system(name):
 # --------------------------------------------------------------------------------------------- faces
 
 def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
-    """Yield (crop uint8 (size, size, 3), points (68, 2) in it) of a photo, or of a clip's frames with a face.
+    """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames with
+    a face. seconds: the frame's time in its clip, 0 for a photo.
 
     max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
     complain(line) is told which of several faces was taken, and what was turned.
@@ -120,7 +121,7 @@ def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
 
 
 def face_in_photo(path, detect, size, complain):
-    """-> (crop, points), as above."""
+    """-> (crop, points, 0.0), as above."""
     image, faces, turns = upright(read_photo(path), detect)
     if not faces:
         raise UserError(f"no face found in {path}, however turned; if there is one that looks at the camera, "
@@ -133,21 +134,22 @@ def face_in_photo(path, detect, size, complain):
         complain(f"{path} {TURNED[turns]}")
     points = detect.landmarks(image, face)
     box = inside(face_box(points), image)
-    return crop(image, box, size), to_crop(points, box, size)
+    return crop(image, box, size), to_crop(points, box, size), 0.0
 
 
 def faces_in_clip(path, detect, detector, size, max_frames, complain):
-    """Yield (crop, points), as above."""
+    """Yield (crop, points, seconds), as above."""
     count = count_frames(path) if max_frames else 0
     chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
     track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
-    boxes = steady_boxes(track.points, track.seconds())
+    times = track.seconds()
+    boxes = steady_boxes(track.points, times)
     kept = (frame for k, frame in enumerate(read_video(path, lambda line: None)) if k in chosen)
-    for frame, box, points, found in zip(kept, boxes, track.points, track.found):
+    for frame, box, points, found, time in zip(kept, boxes, track.points, track.found, times):
         if found:
             image = np.rot90(to_rgb(frame), track.turns)
             box = inside(box, image)
-            yield crop(image, box, size), to_crop(points, box, size)
+            yield crop(image, box, size), to_crop(points, box, size), float(time)
 
 
 # ----------------------------------------------------------------------------------- preparing a folder
@@ -164,15 +166,17 @@ def _start_worker(kind):
 def _prepare(files, out, kind, size, max_frames):
     """One sequence -> one file. Returns (frames stored, [what could not be used])."""
     files = evenly(files, max_frames or len(files))
-    jpegs, landmarks, problems = [], [], []
-    for file in files:
+    jpegs, landmarks, numbers, times, problems = [], [], [], [], []
+    for number, file in enumerate(files):
         try:
             share = max_frames // len(files)
-            for face, points in faces_in(file, _detect, kind, size, share, problems.append):
+            for face, points, seconds in faces_in(file, _detect, kind, size, share, problems.append):
                 buffer = io.BytesIO()
                 Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
                 landmarks.append(torch.from_numpy(points))
+                numbers.append(number)
+                times.append(seconds)
         except UserError as e:
             problems.append(str(e))
         except Exception as e:  # one odd file among a million must not stop the rest
@@ -180,8 +184,9 @@ def _prepare(files, out, kind, size, max_frames):
     if len(jpegs) < 2:
         return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
+    times = torch.tensor(times, dtype=torch.float64)
     save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
-                  "image_size": size, "detector": kind}, out)
+                  "file": torch.tensor(numbers), "seconds": times, "image_size": size, "detector": kind}, out)
     return len(jpegs), problems
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-import data
+import gather
 import faces
 import media
 from conftest import PHOTO
@@ -148,10 +148,10 @@ def test_which_face_and_the_words_on_it():
 def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
     said = []
     Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
-    (_, points), = data.faces_in(tmp_path / "two.png", detect, "dlib", 128, complain=said.append)
+    (_, points, _), = gather.faces_in(tmp_path / "two.png", detect, "dlib", 128, complain=said.append)
     assert len(said) == 1 and "2 faces in" in said[0] and "on the left" in said[0]
     said.clear()
-    list(data.faces_in(PHOTO, detect, "dlib", 128, complain=said.append))
+    list(gather.faces_in(PHOTO, detect, "dlib", 128, complain=said.append))
     assert said == []
 
 
@@ -174,15 +174,15 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
     said = []
     Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
     Image.fromarray(face).save(tmp_path / "upright.png")
-    (lying, points), = data.faces_in(tmp_path / "lying.png", detect, "dlib", 128, complain=said.append)
-    (upright, expected), = data.faces_in(tmp_path / "upright.png", detect, "dlib", 128)
+    (lying, points, _), = gather.faces_in(tmp_path / "lying.png", detect, "dlib", 128, complain=said.append)
+    (upright, expected, _), = gather.faces_in(tmp_path / "upright.png", detect, "dlib", 128)
     assert words in said[0] and points == pytest.approx(expected, abs=1e-3) and np.array_equal(lying, upright)
 
 
 def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
     with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
-        list(data.faces_in(tmp_path / "dark.png", detect, "dlib", 128))
+        list(gather.faces_in(tmp_path / "dark.png", detect, "dlib", 128))
 
 
 # ---------------------------------------------------------------------------------------------- photos

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import files
 from conftest import ROOT
 from files import UserError, atomic, check_paths
 

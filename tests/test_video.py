@@ -9,7 +9,7 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-import data
+import gather
 import faces
 import media
 import sound
@@ -208,7 +208,7 @@ def test_what_an_edit_list_cuts_off_is_not_counted(tmp_path, face, detect, capsy
         assert container.streams.video[0].frames == 40                          # they are stored
     assert media.count_frames(tmp_path / "cut.mp4") == 10
     assert len(list(media.read_video(tmp_path / "cut.mp4"))) == 10 and capsys.readouterr().err == ""
-    assert len(list(data.faces_in(tmp_path / "cut.mp4", detect, "dlib", 64, 5))) == 5
+    assert len(list(gather.faces_in(tmp_path / "cut.mp4", detect, "dlib", 64, 5))) == 5
 
 
 def box(name, body):
@@ -291,7 +291,7 @@ def test_the_track_keeps_to_one_of_two_people(tmp_path, face, detect):
     assert (side(track) == first).all()
     assert track.found.sum() >= (50 if first else 38)
     assert len(said) == 1 and "show others too" in said[0] and ("left", "right")[first] in said[0]
-    prepared = list(data.faces_in(tmp_path / "two.mp4", detect, "dlib", 64, complain=said.append))
+    prepared = list(gather.faces_in(tmp_path / "two.mp4", detect, "dlib", 64, complain=said.append))
     assert len(prepared) == track.found.sum()
 
 
@@ -323,7 +323,7 @@ def test_a_video_that_lies_on_its_side_is_turned(tmp_path, face, detect):
     write_clip(tmp_path / "a.mp4", [np.rot90(f) for f in moving(face, 20)], np.arange(20) * 512, sound=False)
     track = video.track_video(tmp_path / "a.mp4", detect, "dlib", complain=said.append)
     assert track.found.all() and track.turns == 3 and "lies on its side" in said[0]
-    assert len(list(data.faces_in(tmp_path / "a.mp4", detect, "dlib", 64, complain=said.append))) == 20
+    assert len(list(gather.faces_in(tmp_path / "a.mp4", detect, "dlib", 64, complain=said.append))) == 20
     video.save_track(tmp_path / "t.npz", track)
     assert np.array_equal(video.load_track(tmp_path / "t.npz").points, track.points)
 
