@@ -1,4 +1,5 @@
 """Shared by the tests: small networks, a real photo, a clip made from it, scripts run here or in their own process."""
+import functools
 import importlib
 import os
 import signal
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import av
+import dlib
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,7 @@ def two_threads_on_the_cpu(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+shape_predictor = functools.cache(dlib.shape_predictor)     # 100 MB and a second: read once for all tests
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -75,6 +78,7 @@ def here(*args, cwd, **env):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", list(map(str, args)))
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(dlib, "shape_predictor", shape_predictor)
         for name, value in (OFFLINE | env).items():
             patch.setenv(name, value)
         code = 0
