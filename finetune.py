@@ -15,19 +15,39 @@ from tqdm import tqdm
 
 from data import faces_in, to_float, to_tensors
 from faces import landmark_detector
-from files import UserError, check_paths, run
+from files import UserError, check_paths, run, warn
 from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
+from metrics import dlib_recognition
 from model import autocast, load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
+STRANGERS = 0.75     # between two of dlib's face vectors: hardly ever so far apart for one person, at 64 pixels too
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
 def load_faces(paths, config, detect, max_frames=32):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    pairs = [pair for path in paths for pair in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
-    frames, points = (np.stack(part) for part in zip(*pairs))
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError that names all those without a face."""
+    shown, problems = [], []
+    for path in paths:
+        try:
+            shown.append(list(faces_in(path, detect, config.landmarks, config.image_size, max_frames)))
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        raise UserError("; ".join(problems))
+    if len(shown) > 1:
+        warn_of_several_people(paths, [pairs[0] for pairs in shown])
+    frames, points = (np.stack(part) for part in zip(*(pair for pairs in shown for pair in pairs)))
     return tuple(map(to_float, to_tensors(frames, points)))
+
+
+def warn_of_several_people(paths, pairs):
+    """pairs: (crop, points) of each path. By the recognition network that CSIM uses."""
+    vector = dlib_recognition()
+    first, *others = (vector(*pair) for pair in pairs)
+    strangers = [path for path, v in zip(paths[1:], others) if np.linalg.norm(v - first) > STRANGERS]
+    if strangers:
+        warn(f"{', '.join(map(str, strangers))} may show somebody else than {paths[0]}: all are learned as one person")
 
 
 @torch.no_grad()
