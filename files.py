@@ -1,4 +1,4 @@
-"""The ground that all other files stand on: errors for people, checked paths, writes that are whole or absent.
+"""The ground that the other files stand on: errors for people, checked paths, writes that are whole or absent.
 
 It imports none of the others.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 class UserError(Exception):
-    """What a user can mend: a wrong file, a missing folder. Scripts print it as one line and leave with code 2."""
+    """What a user can mend: a wrong file, a missing folder. Scripts print one line and leave with code 2."""
 
 
 def run(main):
@@ -42,9 +42,9 @@ def run(main):
 
 
 def open_closed_streams():
-    """Where stdin, stdout or stderr is closed, open nothing in its place; and print names that a terminal cannot show.
+    """Give stdin, stdout and stderr a place where they are closed, and words for names that they cannot show.
 
-    Else the next file that is opened gets the number of stderr, and the libraries write their warnings into it.
+    Else the next file that is opened gets the number of stderr, and libraries write their warnings into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -59,7 +59,7 @@ def open_closed_streams():
 
 
 def short_of_shared_memory(error):
-    """Whether torch's DataLoader failed for want of room in /dev/shm: its workers hand over batches there."""
+    """Whether torch's DataLoader failed for want of room in /dev/shm, where its workers hand over batches."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
 
@@ -71,7 +71,7 @@ def warn(message):
 # ------------------------------------------------------------------------------------------------ paths
 
 def check_paths(inputs, outputs=()):
-    """UserError now, not after minutes of work, if an input is missing or an output cannot or must not be written.
+    """UserError now, not after minutes of work, if an input is missing or an output cannot be written.
 
     inputs, outputs: lists of paths, None where a flag was not given. All bad inputs are named at once.
     """
@@ -100,7 +100,7 @@ def problem_of_input(path):
 
 
 def problem_of_output(path, inputs):
-    """A few words on why a file cannot or must not be written at a path; None where it may. Links lead to their targets."""
+    """A few words on why no file can or must be written at a path, or where its link leads; None where it may."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     try:
@@ -124,7 +124,7 @@ def problem_of_output(path, inputs):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name to write to, renamed to `path` at the end: it is absent, as it was before, or whole.
+    """Yield a temporary name to write to, renamed to `path` at the end: that is absent, as before, or whole.
 
     A link keeps pointing to its target, which is written. UserError where it cannot be written.
     """
@@ -146,7 +146,7 @@ def atomic(path):
 
 
 def move(temporary, target):
-    """Rename; a file that is a mount point itself (docker -v FILE:FILE) cannot be renamed over, and is copied into."""
+    """Rename. A file that is a mount point (docker -v FILE:FILE) cannot be renamed over, and is copied into."""
     try:
         os.replace(temporary, target)
     except OSError as e:
