@@ -61,7 +61,8 @@ class Detector:
 def landmark_detector(kind):
     """-> a Detector.
 
-    kind "fan": face-alignment, the paper's detector [7].  "dlib": the same 68 points, offline and fast on a CPU.
+    kind "fan": face-alignment, the paper's detector [7].
+    kind "dlib": the same 68 points, offline and fast on a CPU.
     """
     return {"fan": FanDetector, "dlib": DlibDetector}[kind]()
 
@@ -152,7 +153,7 @@ def fan_folder():
 
 def no_fan_weights(error):
     return UserError(f"cannot get the weights of face-alignment ({error}): "
-                     f"put them into {fan_folder()} yourself, or prepare and train with data.py --landmarks dlib")
+                     f"put them into {fan_folder()} yourself, or prepare with data.py --landmarks dlib")
 
 
 def shrink(image, scale):
@@ -186,8 +187,8 @@ def without_doubles(faces):
 def which_face(faces, image):
     """The face that is meant: the one the detector is surest of.
 
-    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then show another than the
-    central person.
+    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then show
+    another than the central person.
     """
     middle = np.array(image.shape[1::-1]) / 2
     surest = max(face.score for face in faces)
@@ -226,7 +227,7 @@ TURNED = {1: "lies on its side: turned it to the left", 2: "is upside down: turn
 
 
 def upright(image, detector):
-    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees, as np.rot90 does."""
+    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees, as by np.rot90."""
     best = image, detector.faces(image), 0
     sure = best[1][0].score if best[1] else 0.0
     if sure >= SURE:
@@ -242,7 +243,7 @@ def upright(image, detector):
 # ------------------------------------------------------------------------------------------------ crops
 
 def face_box(points):
-    """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3), centre x, y and half side.
+    """The one crop of all stages: points (..., 68, 2) -> (..., 3), centre x, y and half side.
 
     Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows.
     """

@@ -1,4 +1,4 @@
-"""The ground that the other files stand on: errors for people, checked paths, writes that are whole or absent.
+"""The ground of the other files: errors for people, checked paths, writes that are whole or absent.
 
 It imports none of the others.
 """
@@ -100,7 +100,7 @@ def problem_of_input(path):
 
 
 def problem_of_output(path, inputs):
-    """A few words on why no file can or must be written at a path, or where its link leads; None where it may."""
+    """A few words on why no file may be written at a path, or where its link leads; None where it may."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     try:
@@ -146,7 +146,7 @@ def atomic(path):
 
 
 def move(temporary, target):
-    """Rename. A file that is a mount point (docker -v FILE:FILE) cannot be renamed over, and is copied into."""
+    """Rename. A file that is a mount point (docker -v FILE:FILE) cannot be replaced, and is copied into."""
     try:
         os.replace(temporary, target)
     except OSError as e:

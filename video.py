@@ -22,7 +22,8 @@ from sound import Sound
 class Track(NamedTuple):
     """The landmarks of a video, in pixels of its upright frames.
 
-    Times are pts * time_base[0] / time_base[1] seconds. A frame without a face repeats the one before, or the first.
+    Times are pts * time_base[0] / time_base[1] seconds.
+    A frame without a face repeats the face before it, or the first one.
     """
     points: np.ndarray      # (n, 68, 2) float32
     found: np.ndarray       # (n,) bool
@@ -163,7 +164,7 @@ class Follower:
 
 
 def is_near(face, last):
-    """Whether a face can be the one that was `last` a moment ago: it overlaps, or is beside it and as large."""
+    """Whether a face can be the one that was `last` a moment ago: it overlaps, or is close and as large."""
     if overlap(face.box, last.box) > 0.2:
         return True
     distance = np.linalg.norm(face.centre() - last.centre())
@@ -224,8 +225,8 @@ def write_video(path, frames, pts, time_base, sound_from=None):
     """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
 
     frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied, or encoded anew
-    where mp4 cannot hold it (sound.py); it moves by as much as the pictures. UserError where it cannot be written.
+    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is taken (sound.py);
+    it moves by as much as the pictures. UserError where it cannot be written.
     """
     import av
     base = Fraction(*map(int, time_base))
