@@ -110,7 +110,7 @@ def test_command_and_refusals(tmp_path, face):
     made = adapt.load_face(tmp_path / "face.npz")
     assert made.basis.shape == (16, 68, 3)
     assert (np.linalg.eigvalsh(made.between) > 0).all()
-    (tmp_path / "prepared/00.pt").unlink()
+    (tmp_path / "prepared/00.pt").unlink(), (tmp_path / "prepared/03.pt").unlink()
     assert "too few" in fail("adapt.py", "--out", "face.npz", cwd=tmp_path)
     assert "no prepared videos" in fail("adapt.py", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
     (tmp_path / "text.npz").write_text("no face")
