@@ -14,7 +14,6 @@ takes over the driver's movements.
 Lengths on a face are in eye distances (of the outer corners); x to the picture's right, y down, z to the viewer. A pose
 is (yaw, pitch, roll, log scale, x, y): yaw > 0 looks to the picture's right, pitch > 0 up.
 """
-import argparse
 import os
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from data import MIRRORED, PreparedVideos
 from faces import face_box
-from files import UserError, atomic, check_paths, run, warn
+from files import UserError, atomic, check_paths, make_parser, run, warn
 
 FACE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "face3d.npz")
 CLIP = 4                                # the frames of a clip are worth so many independent photos
@@ -162,14 +161,16 @@ def identity(means, counts, face):
 
 
 def describe(parts, face):
-    """parts: landmarks (m, 68, 2) of each photo (m = 1) and each clip, in pixels of their crops -> Source."""
-    fits, counts = [fit(points, face) for points in parts], [min(len(points), CLIP) for points in parts]
+    """Landmarks (m, 68, 2) of each photo (m = 1) and each clip, in pixels of their crops -> Source.
+
+    The first face of all gives pose and expression, as it gives the picture in a person file.
+    """
+    fits = [fit(points, face) for points in parts]
+    counts = [min(len(points), CLIP) for points in parts]
     who = identity([f.z.mean(0) for f in fits], counts, face)
-    rest = np.average([(f.rest @ rotation(f.pose)).mean(0) for f in fits], axis=0, weights=counts)
-    every = Fit(*map(np.concatenate, zip(*fits)))
-    away = np.linalg.norm(every.pose[:, :3] - np.median(every.pose[:, :3], axis=0), axis=1)
-    typical = away.argmin()                                 # of one photo: that one
-    return Source(who, rest, every.pose[typical], every.z[typical], every.opening[typical])
+    lifted = [(f.rest @ rotation(f.pose)).mean(0) for f in fits]                        # (68, 3) each
+    first = fits[0]
+    return Source(who, np.average(lifted, axis=0, weights=counts), first.pose[0], first.z[0], first.opening[0])
 
 
 # ----------------------------------------------------------------------------------------- steadiness
@@ -383,7 +384,7 @@ def read_people(folder, most=32):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="prepared", metavar="DIR", help="a prepared folder (default: prepared)")
     parser.add_argument("--out", default=FACE, metavar="FILE", help="(default: the bundled weights/face3d.npz)")
     args = parser.parse_args()

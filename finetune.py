@@ -111,13 +111,26 @@ def randomised(what, e_new, psi, w, G, D, seed):
 
 # ------------------------------------------------------------------ for this command and infer.py
 
-def load_faces(paths, config, detect, max_frames=32):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    faces = [face for path in paths
-             for face in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
-    frames, points, _ = zip(*faces)
-    x, y = to_tensors(np.stack(frames), np.stack(points))
+def load_parts(paths, config, detect, max_frames=32):
+    """For each photo or clip: frames uint8 (m, S, S, 3), landmarks (m, 68, 2). UserError without a face."""
+    parts = []
+    for path in paths:
+        faces = faces_in(path, detect, config.landmarks, config.image_size, max_frames)
+        frames, points, _ = zip(*faces)
+        parts.append((np.stack(frames), np.stack(points)))
+    return parts
+
+
+def to_faces(parts):
+    """-> x, y float (T, 3, S, S) in [-1, 1], of all parts together."""
+    frames, points = zip(*parts)
+    x, y = to_tensors(np.concatenate(frames), np.concatenate(points))
     return to_float(x), to_float(y)
+
+
+def load_faces(paths, config, detect):
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
+    return to_faces(load_parts(paths, config, detect))
 
 
 def add_content_flags(parser):
@@ -155,8 +168,13 @@ def learn_person(state, x, y, content, epochs, device, **switches):
     return state["config"], G.fold(), psi, x[0]
 
 
-def save_person(path, config, G, psi, source):
-    save_checkpoint(path, "person", config, G=G, psi=psi, source=source)
+def save_person(path, config, G, psi, source, parts=()):
+    """parts: of load_parts. Their landmarks say whose face it is, for when someone else drives."""
+    known = {}
+    if parts:
+        points = [torch.from_numpy(points) for _, points in parts]
+        known = {"landmarks": torch.cat(points), "counts": torch.tensor([len(p) for p in points])}
+    save_checkpoint(path, "person", config, G=G, psi=psi, source=source, **known)
 
 
 def main():
@@ -177,11 +195,12 @@ def main():
     device = default_device()
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
-    x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
+    parts = load_parts(args.photos, config, landmark_detector(config.landmarks))
+    x, y = to_faces(parts)
     content = content_loss(args, config)
     person = learn_person(state, x, y, content, args.epochs, device,
                           adversarial=not args.no_adversarial, random=args.random)
-    save_person(args.out, *person)
+    save_person(args.out, *person, parts)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 
