@@ -190,7 +190,7 @@ def steady(f, seconds, shot, found):
         for column in values.T:
             column[own] = np.interp(seconds[own], seconds[seen], column[seen])
         # sigma in seconds, width in deviations of the noise; both lids, and the lips, move together
-        for part, sigma, width, together in [(slice(0, 6), 0.12, 4, False), (slice(6, -7), 0.08, 3, False),
+        for part, sigma, width, together in [(slice(0, 6), 0.12, 5, False), (slice(6, -7), 0.1, 4, False),
                                              (slice(-7, -3), 0.08, 2, True), (slice(-3, None), 0.08, 2, True)]:
             values[own, part] = smooth(values[own, part], seconds[own], sigma, width * noise[part], together)
     return f._replace(pose=values[:, :6], z=values[:, 6:-7], opening=values[:, -7:])
