@@ -186,14 +186,14 @@ def main():
     if args.driver:
         track = read_driver(args.driver, config, detect)
         sound_from = usable_sound(args.driver) if video else None
+        if args.save_track:
+            save_track(args.save_track, track)
         if source is None and not motion:
             print(f"{args.person} was made before --motion: the driver's landmarks are taken as they are")
             motion = "paper"
         motion = motion or choose_motion(track, args.driver, picture, source, face)
         if motion != "paper":
             warn_of_sides(track, source, motion, face)
-    if args.save_track:
-        save_track(args.save_track, track)
 
     # the person
     if args.person:
