@@ -113,31 +113,46 @@ def randomised(what, e_new, psi, w, G, D, seed):
 
 # ------------------------------------------------------------------ for this command and infer.py
 
-def load_faces(paths, config, detect, max_frames=32):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError that names all those without a face."""
-    shown, problems = [], []
+def load_parts(paths, config, detect, max_frames=32):
+    """For each photo or clip: frames uint8 (m, S, S, 3), landmarks (m, 68, 2). UserError without a face.
+
+    All paths without a face are named at once; a warning tells of several people.
+    """
+    parts, problems = [], []
     for path in paths:
         try:
-            shown.append(list(faces_in(path, detect, config.landmarks, config.image_size, max_frames)))
+            faces = faces_in(path, detect, config.landmarks, config.image_size, max_frames)
+            frames, points, _ = zip(*faces)
+            parts.append((np.stack(frames), np.stack(points)))
         except UserError as e:
             problems.append(str(e))
     if problems:
         raise UserError("; ".join(problems))
-    if len(shown) > 1:
-        warn_of_several_people(paths, [faces[0] for faces in shown])
-    frames, points, _ = zip(*(face for faces in shown for face in faces))
-    x, y = to_tensors(np.stack(frames), np.stack(points))
-    return to_float(x), to_float(y)
+    if len(parts) > 1:
+        warn_of_several_people(paths, [(frames[0], points[0]) for frames, points in parts])
+    return parts
 
 
 def warn_of_several_people(paths, faces):
-    """faces: the first (crop, points, seconds) of each path. By the recognition network that CSIM uses."""
+    """faces: the first (crop, points) of each path. By the recognition network that CSIM uses."""
     vector = dlib_recognition()
-    first, *others = (vector(frame, points) for frame, points, _ in faces)
+    first, *others = (vector(*face) for face in faces)
     strangers = [path for path, v in zip(paths[1:], others) if np.linalg.norm(v - first) > STRANGERS]
     if strangers:
         names = ", ".join(map(str, strangers))
         warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
+
+
+def to_faces(parts):
+    """-> x, y float (T, 3, S, S) in [-1, 1], of all parts together."""
+    frames, points = zip(*parts)
+    x, y = to_tensors(np.concatenate(frames), np.concatenate(points))
+    return to_float(x), to_float(y)
+
+
+def load_faces(paths, config, detect):
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
+    return to_faces(load_parts(paths, config, detect))
 
 
 def add_content_flags(parser):
@@ -175,8 +190,13 @@ def learn_person(state, x, y, content, epochs, device, **switches):
     return state["config"], G.fold(), psi, x[0]
 
 
-def save_person(path, config, G, psi, source):
-    save_checkpoint(path, "person", config, G=G, psi=psi, source=source)
+def save_person(path, config, G, psi, source, parts=()):
+    """parts: of load_parts. Their landmarks say whose face it is, for when someone else drives."""
+    known = {}
+    if parts:
+        points = [torch.from_numpy(points) for _, points in parts]
+        known = {"landmarks": torch.cat(points), "counts": torch.tensor([len(p) for p in points])}
+    save_checkpoint(path, "person", config, G=G, psi=psi, source=source, **known)
 
 
 def main():
@@ -197,11 +217,12 @@ def main():
     device = default_device()
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
-    x, y = load_faces(args.photos, config, landmark_detector(config.landmarks))
+    parts = load_parts(args.photos, config, landmark_detector(config.landmarks))
+    x, y = to_faces(parts)
     content = content_loss(args, config)
     person = learn_person(state, x, y, content, args.epochs, device,
                           adversarial=not args.no_adversarial, random=args.random)
-    save_person(args.out, *person)
+    save_person(args.out, *person, parts)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 

@@ -3,25 +3,32 @@
     python infer.py --photo x.jpg --driver v.mp4                # fine-tunes on the photo first, Sec. 3.3
     python infer.py --photo x.jpg y.jpg --driver v.mp4 --feed-forward --compare
     python infer.py --person person.pt --driver track.npz       # from finetune.py, a saved track
+    python infer.py --photo x.jpg --views                       # new viewpoints, Fig. 6: no driver
 
 The result has the driver's frames, time stamps and sound. Memory does not grow with the driver's length
 but for the landmarks themselves, half a kilobyte a frame.
 """
 import os
+from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from adapt import adapt, describe, fit, load_face, place, views
 from data import draw_landmarks, to_float, to_uint8
 from device import default_device, fast_dtype
-from faces import landmark_detector
-from files import UserError, check_paths, make_parser, run, warn
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person, load_faces,
-                      load_for_finetuning, save_person)
+from faces import crop, face_box, landmark_detector, to_crop
+from files import UserError, atomic, check_paths, make_parser, run, warn
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
+                      load_for_finetuning, load_parts, save_person, to_faces)
+from metrics import dlib_recognition
 from model import load_checkpoint, load_person
 from sound import usable_sound
-from video import SUFFIXES, load_track, save_track, track_video, write_video
+from video import SUFFIXES, load_track, read_video, save_track, to_rgb, track_video, write_video
+
+SAME = 0.92     # cosine by dlib's recognition: most photos of one person are nearer, 1 in 500 strangers
 
 
 @torch.inference_mode()
@@ -62,13 +69,77 @@ def is_track(path):
     return path.lower().endswith(".npz")
 
 
+# ------------------------------------------------------------------------------------- who drives whom
+
+def choose_motion(track, path, picture, source, face):
+    """The default of --motion, and a word where it is not relative. path: the driver's.
+
+    picture: uint8 (S, S, 3), the one that `source` describes.
+    """
+    if len(track.pts) == 1:
+        print("a driver of one frame has no motion: its pose and expression are taken (--motion absolute)")
+        return "absolute"
+    if not is_track(path) and same_person(track, path, picture, source, face):
+        print("the driver is the same person: pose and expression are taken as they are (--motion absolute)")
+        return "absolute"
+    return "relative"
+
+
+def same_person(track, path, picture, source, face, frames=5):
+    """Compare the source with a few frames of the driver's first 250."""
+    recognise = dlib_recognition()
+    points = place(source.pose[None], source.z[None], source.opening[None], source, face)
+    own, likeness = recognise(picture, points[0]), []
+    step = max(1, min(len(track.pts), 250) // frames)
+    for k, frame in islice(enumerate(read_video(path, lambda line: None)), 0, frames * step, step):
+        if track.found[k]:
+            image, box = np.rot90(to_rgb(frame), track.turns), face_box(track.points[k])
+            driver = recognise(crop(image, box, 256), to_crop(track.points[k], box, 256))
+            likeness.append(own @ driver)
+    return bool(likeness) and np.mean(likeness) > SAME
+
+
+def whose_face(state, face):
+    """-> Source of a person file; None of one that was made before it held landmarks."""
+    if "landmarks" not in state:
+        return None
+    parts = state["landmarks"].cpu().split(state["counts"].tolist())
+    return describe([part.numpy() for part in parts], face)
+
+
+def warn_of_sides(track, source, motion, face):
+    """Where photo or driver look aside, the result suffers."""
+    yaw = abs(np.degrees(source.pose[0]))
+    if yaw > 40:
+        warn(f"the photo shows the face from the side, by about {yaw:.0f} degrees: half of it is guessed")
+    if motion == "relative":
+        yaw = abs(np.degrees(np.median(fit(track.points[track.found], face).pose[:, 0])))
+        if yaw > 25:
+            warn(f"the driver looks aside by about {yaw:.0f} degrees most of the time, which counts as "
+                 "straight ahead: --motion absolute takes its pose as it is")
+
+
+def write_views(path, sheet, render_points, source, face):
+    """Fig. 6: the photo's expression from yaw -40 to 40 degrees, a looping video and a sheet."""
+    with atomic(sheet) as temporary:
+        row = render_points(views(source, face, np.linspace(-40, 40, 9)))
+        Image.fromarray(np.concatenate(list(row), axis=1)).save(temporary, "PNG")
+    yaws = 40 * np.sin(np.linspace(0, 2 * np.pi, 100, endpoint=False))      # 4 s, there and back
+    write_video(path, render_points(views(source, face, yaws)), np.arange(100), (1, 25))
+    print(f"wrote {path} and {sheet}")
+
+
 def parse():
     parser = make_parser(__doc__)
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--photo", nargs="+", metavar="FILE", help="photos and/or clips of the person")
     who.add_argument("--person", metavar="FILE", help="a person file of finetune.py or --save-person")
     add = parser.add_argument
-    add("--driver", required=True, metavar="FILE", help="the video whose face drives, or a saved track (.npz)")
+    add("--driver", metavar="FILE", help="the video whose face drives, or a saved track (.npz)")
+    add("--motion", choices=("relative", "absolute", "paper"), help="relative: the photo's pose and "
+        "expression plus the driver's change; absolute: the driver's on the source's face; paper: the "
+        "driver's landmarks as they are (default: relative; absolute where it is the same person)")
+    add("--views", action="store_true", help="no driver: from yaw -40 to 40 degrees, an mp4 and a png")
     add("--out", default="result.mp4", help="(default: result.mp4)")
     add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
     add("--feed-forward", action="store_true", help="leave fine-tuning out: quicker, less like the person")
@@ -77,13 +148,16 @@ def parse():
     add("--save-track", metavar="FILE", help="keep the driver's landmarks (.npz) as a later --driver")
     add_content_flags(parser)
     args = parser.parse_args()
+    if bool(args.driver) == args.views:
+        raise UserError("name a --driver, or ask for --views, which need none")
     if args.person and (args.feed_forward or args.save_person):
         raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
         raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
                         "end it in .mp4, .m4v or .mov")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
-    check_paths(inputs, [args.out, args.save_person, args.save_track])
+    args.sheet = os.path.splitext(args.out)[0] + ".png" if args.views else None
+    check_paths(inputs, [args.out, args.sheet, args.save_person, args.save_track])
     return args
 
 
@@ -97,29 +171,46 @@ def main():
         state = load_checkpoint(args.checkpoint, device)
     else:
         state = load_for_finetuning(args.checkpoint, device)
-    config = state["config"]
-    detect = None if args.person and is_track(args.driver) else landmark_detector(config.landmarks)
+    config, face = state["config"], load_face()
+    size, epochs = config.image_size, 0 if args.feed_forward else EPOCHS
+    video = args.driver and not is_track(args.driver)
+    detect = landmark_detector(config.landmarks) if args.photo or video else None
     if args.photo:
-        x, y = load_faces(args.photo, config, detect)
+        parts = load_parts(args.photo, config, detect)
         content = None if args.feed_forward else content_loss(args, config)
-    track = read_driver(args.driver, config, detect)
-    sound_from = None if is_track(args.driver) else usable_sound(args.driver)
-    if args.save_track:
-        save_track(args.save_track, track)
+        source, picture = describe([points for _, points in parts], face), parts[0][0][0]
+    else:
+        source, picture = whose_face(state, face), to_uint8(state["source"])
+    motion = args.motion
+    if source is None and (args.views or motion in ("relative", "absolute")):
+        raise UserError(f"{args.person} was made before --motion and lacks what it needs: --motion paper")
+    if args.driver:
+        track = read_driver(args.driver, config, detect)
+        sound_from = usable_sound(args.driver) if video else None
+        if args.save_track:
+            save_track(args.save_track, track)
+        if source is None and not motion:
+            print(f"{args.person} was made before --motion: the driver's landmarks are taken as they are")
+            motion = "paper"
+        motion = motion or choose_motion(track, args.driver, picture, source, face)
+        if motion != "paper":
+            warn_of_sides(track, source, motion, face)
 
     # the person
     if args.person:
-        G, psi = load_person(state)
-        source = state["source"]
+        (G, psi), shown = load_person(state), state["source"]
     else:
-        epochs = 0 if args.feed_forward else EPOCHS
-        _, G, psi, source = learn_person(state, x, y, content, epochs, device)
+        x, y = to_faces(parts)
+        _, G, psi, shown = learn_person(state, x, y, content, epochs, device)
         if args.save_person:
-            save_person(args.save_person, config, G, psi, source)
+            save_person(args.save_person, config, G, psi, shown, parts)
 
     # the video
-    points = track.in_crops(config.image_size)
-    frames = render(G, psi, points, config.image_size, source if args.compare else None)
+    if args.views:
+        write_views(args.out, args.sheet, lambda points: render(G, psi, points, size), source, face)
+        return
+    points = adapt(track, source, motion, size, face)
+    frames = render(G, psi, points, size, shown if args.compare else None)
     write_video(args.out, frames, track.pts, track.time_base, sound_from)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")
 

@@ -205,7 +205,7 @@ def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
     assert capsys.readouterr().err == ""
     pair = next(gather.faces_in(PHOTO, detect, "dlib", 64))
     stranger, points = ToyHeads(12, 64).draw(0, 0)
-    finetune.warn_of_several_people([PHOTO, "toy.png"], [pair, (stranger, points, 0.0)])
+    finetune.warn_of_several_people([PHOTO, "toy.png"], [pair[:2], (stranger, points)])
     assert "toy.png may show somebody else" in capsys.readouterr().err
 
 
