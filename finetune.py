@@ -15,13 +15,15 @@ from tqdm import tqdm
 from data import to_float, to_tensors
 from device import autocast, default_device
 from faces import landmark_detector
-from files import UserError, check_paths, make_parser, run
+from files import UserError, check_paths, make_parser, run, warn
 from gather import faces_in
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
                     hinge_loss)
+from metrics import dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
+STRANGERS = 0.45        # between dlib's vectors of two 64-pixel faces: most people are farther apart
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
@@ -112,12 +114,30 @@ def randomised(what, e_new, psi, w, G, D, seed):
 # ------------------------------------------------------------------ for this command and infer.py
 
 def load_faces(paths, config, detect, max_frames=32):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    faces = [face for path in paths
-             for face in faces_in(path, detect, config.landmarks, config.image_size, max_frames)]
-    frames, points, _ = zip(*faces)
+    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError that names all those without a face."""
+    shown, problems = [], []
+    for path in paths:
+        try:
+            shown.append(list(faces_in(path, detect, config.landmarks, config.image_size, max_frames)))
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        raise UserError("; ".join(problems))
+    if len(shown) > 1:
+        warn_of_several_people(paths, [faces[0] for faces in shown])
+    frames, points, _ = zip(*(face for faces in shown for face in faces))
     x, y = to_tensors(np.stack(frames), np.stack(points))
     return to_float(x), to_float(y)
+
+
+def warn_of_several_people(paths, faces):
+    """faces: the first (crop, points, seconds) of each path. By the recognition network that CSIM uses."""
+    vector = dlib_recognition()
+    first, *others = (vector(frame, points) for frame, points, _ in faces)
+    strangers = [path for path, v in zip(paths[1:], others) if np.linalg.norm(v - first) > STRANGERS]
+    if strangers:
+        names = ", ".join(map(str, strangers))
+        warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
 
 
 def add_content_flags(parser):

@@ -80,7 +80,8 @@ def parse():
     if args.person and (args.feed_forward or args.save_person):
         raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
-        raise UserError(f"--out {args.out}: it becomes an mp4, and players go by the name: end it in .mp4")
+        raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
+                        "end it in .mp4, .m4v or .mov")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
     check_paths(inputs, [args.out, args.save_person, args.save_track])
     return args
