@@ -13,7 +13,7 @@ from files import atomic  # noqa: E402
 from device import default_device  # noqa: E402
 from finetune import CHECKPOINT, EPOCHS, learn_person, load_faces  # noqa: E402
 from infer import render  # noqa: E402
-from losses import ContentLoss  # noqa: E402
+from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from video import load_track  # noqa: E402
 
@@ -22,7 +22,7 @@ PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), (0, 40, 90, 120, 160, 
 device = default_device()
 state = load_checkpoint(CHECKPOINT, device)
 config, rows = state["config"], []
-content, detect = ContentLoss(config.content), landmark_detector(config.landmarks)
+content, detect = ContentLoss(config.content, face=FACE_WEIGHT), landmark_detector(config.landmarks)
 points = load_track(str(ASSETS / "speech.npz")).in_crops(config.image_size)[list(POSES)]
 for photo in PHOTOS:
     x, y = load_faces([ASSETS / photo], config, detect)

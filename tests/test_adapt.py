@@ -9,7 +9,7 @@ from PIL import Image
 
 import adapt
 import infer
-from adapt import Face, Fit
+from adapt import Face
 from conftest import PHOTO, fail, succeed
 from files import UserError, save_tensors
 from video import Track, read_video, save_track
