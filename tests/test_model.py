@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 import model
 from conftest import networks
-from model import AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, UserError, adain, load_checkpoint
+from model import AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, UserError, adain, fast_dtype, load_checkpoint
 
 
 def millions(module):
@@ -39,7 +39,7 @@ def test_shapes_and_where_attention_sits(size):
     assert e.shape == (2, 16) and (e >= 0).all()
     assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
     assert score.shape == (2,) and [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
-    assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32, "G.attention_up": min(64, size // 2)}
+    assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32, "G.attention_up": min(64, max(32, size // 4))}
 
 
 def test_attention_at_the_papers_size_has_256_channels():
@@ -155,3 +155,9 @@ def test_checkpoint_loads_under_weights_only_and_is_flat(checkpoint):
     assert {"config", "w0", "b", "E.net.attention.gamma", "V.attention.gamma", "G.attention_up.gamma"} <= state.keys()
     assert all(isinstance(v, (torch.Tensor, str, int, dict)) for v in state.values())
     assert load_checkpoint(checkpoint)["config"] == networks()[0]
+
+
+@pytest.mark.parametrize("capability, dtype", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_bfloat16_where_the_processor_has_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True}, raising=False)
+    assert fast_dtype("cpu") == dtype

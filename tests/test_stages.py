@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import finetune as stage2
 import meta_train
@@ -18,7 +19,7 @@ from data import ToyHeads, read_video, to_float, to_rgb, to_tensors
 from finetune import embed, finetune
 from infer import load_track
 from losses import ContentLoss
-from model import load_checkpoint, load_person
+from model import UserError, load_checkpoint, load_person, save_checkpoint
 
 
 def train(monkeypatch, out, *flags):
@@ -28,6 +29,35 @@ def train(monkeypatch, out, *flags):
 
 
 # ------------------------------------------------------------------------------------------ meta-learning
+
+def test_a_grown_network_sees_what_the_small_one_saw(tmp_path):
+    """From 64 to 128 pixels: E, V and G's encoder start as they were, on the halved pictures."""
+    cfg, *small = networks(64, min_channels=16, max_channels=32)
+    _, *large = networks(128, min_channels=8, max_channels=32)
+    with torch.no_grad():
+        small[1].P.bias.uniform_(-1, 1)
+    path = str(tmp_path / "small.pt")
+    save_checkpoint(path, "meta", cfg, E=small[0], G=small[1], V=small[2].V, w0=small[2].w0, b=small[2].b)
+    meta_train.grow(*large, path, 128)
+    frames, points = ToyHeads(4, 64).load(0, lambda count: range(4))
+    x, y = (to_float(part) for part in to_tensors(frames, points))              # (4, 3, 64, 64)
+    X, Y = (F.interpolate(part, scale_factor=2.0) for part in (x, y))           # which averages to x and y again
+    e, v, psi = small[0].eval()(x, y), small[2].eval().V(x, y)[0], small[1].eval().project(torch.ones(1, 32))
+    assert torch.allclose(large[1].eval().project(torch.ones(1, 32))[:, :psi.shape[1]], psi, atol=1e-3)
+    for old, new in ((e, large[0].eval()(X, Y)), (v, large[2].eval().V(X, Y)[0])):
+        assert (old - new).norm() < 0.1 * old.norm()                            # not equal: the borders are padded otherwise
+    meta_train.grow(*networks(64, min_channels=16, max_channels=32)[1:], path, 64)
+    with pytest.raises(UserError, match="half of it is needed"):
+        meta_train.grow(*networks(256)[1:], path, 256)
+
+
+def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
+    train(monkeypatch, tmp_path / "small", "--steps", 1, "--min-channels", 16)
+    train(monkeypatch, tmp_path / "large", "--steps", 1, "--image-size", 128, "--grow-from", tmp_path / "small/step-1.pt")
+    a, b = tensors(tmp_path / "small/step-1.pt"), tensors(tmp_path / "large/step-1.pt")
+    key = "G.bottleneck.0.conv1.parametrizations.weight.original"
+    assert (a[key] - b[key]).abs().max() < 1e-3                                 # one step of Adam further
+
 
 def test_meta_training_writes_what_it_promises(tmp_path):
     said = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--save-every", "2", "--out", "run", cwd=tmp_path)
