@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from adapt import adapt, describe, fit, load_face, place, views
+from adapt import adapt, describe, place, views
 from data import draw_landmarks, to_float, to_uint8
 from device import default_device, fast_dtype
+from face3d import fit, load_face
 from faces import crop, face_box, landmark_detector, to_crop
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
