@@ -57,7 +57,7 @@ def read_video(path, complain=warn):
     """Yield every frame of a video that is shown, as an av.VideoFrame, streaming.
 
     Its pts rises, in units of its time_base (seconds). Its opaque is how much wider than high its pixels are.
-    UserError if there is no frame to be had. What ends early is used as far as it goes; complain(line) is told.
+    UserError if there is no frame to be had. What ends early is used as far as it goes, with complain(line).
     """
     import av
     count, expected, problem = 0, 0, None
@@ -224,7 +224,7 @@ def read_still(path):
 
 
 def to_srgb(image, profile):
-    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None). Without it, colours are pale."""
+    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None): else colours are pale."""
     if image.mode.startswith("I"):      # 16 bits, which PIL would clip to 8
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
