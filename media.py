@@ -202,6 +202,8 @@ def read_photo(path):
         problem = e
     try:    # what PIL cannot read: .heic
         image, profile = read_still(path)
+    except UserError:
+        raise
     except Exception:       # FFmpeg raises many types on foreign files; PIL's word is the better one
         raise UserError(f"{path} is not a picture that can be read ({problem})") from None
     return np.asarray(to_srgb(Image.fromarray(image), profile))
@@ -213,7 +215,10 @@ def read_still(path):
     Raises OSError or av.FFmpegError where there is none.
     """
     from av.sidedata.sidedata import Type
+    from av.stream import Disposition
     with open_media(path) as container:
+        if any(s.disposition & Disposition.dependent for s in container.streams.video):
+            raise UserError(f"{path} is stored in tiles, which are not put together here: save it as JPEG")
         stream = main_video(container)
         frame = next(container.decode(stream), None) if stream else None
         if frame is None:
