@@ -9,7 +9,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from files import UserError, warn
 
@@ -198,9 +198,11 @@ def read_photo(path):
                 return np.asarray(to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile")))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except UNREADABLE as e:
+    except UnidentifiedImageError as e:
         problem = e
-    try:    # what PIL cannot read: .heic
+    except UNREADABLE as e:
+        raise UserError(f"{path} is not a picture that can be read ({e})") from None
+    try:    # what PIL does not know: .heic
         image, profile = read_still(path)
     except UserError:
         raise
@@ -220,7 +222,9 @@ def read_still(path):
         if any(s.disposition & Disposition.dependent for s in container.streams.video):
             raise UserError(f"{path} is stored in tiles, which are not put together here: save it as JPEG")
         stream = main_video(container)
-        frame = next(container.decode(stream), None) if stream else None
+        if stream is None or stream.width * stream.height > Image.MAX_IMAGE_PIXELS:     # as PIL warns of
+            raise OSError("no picture in it, or too large a one")
+        frame = next(container.decode(stream), None)
         if frame is None:
             raise OSError("no picture in it")
         frame.opaque = pixel_aspect(stream)
