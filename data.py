@@ -24,19 +24,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from faces import (TURNED, crop, face_box, inside, landmark_detector, steady_boxes, to_crop, upright, which_face,
-                   words_on_choice)
+from faces import landmark_detector
 from files import UserError, run, save_tensors, warn
-from media import count_frames, read_photo, read_video, to_rgb
 from model import Config
-from video import track_video
-
-PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".bmp", ".tif", ".tiff",
-          ".gif"}
-CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts", ".m2ts", ".wmv",
-         ".flv", ".vob", ".dv", ".ogv"}
-SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information",
-          "lost+found", "#snapshot", "@recently-snapshot"}     # folders that desktops and NAS leave behind
+from sources import evenly, faces_in, find_sequences
 
 
 # ------------------------------------------------------------------------------------------- landmarks
@@ -236,120 +227,6 @@ def to_uint8(images):
 
 # ----------------------------------------------------------------------------------- preparing a folder
 
-def evenly(items, n):
-    """At most n of the items, evenly spread from the first to the last."""
-    return items if len(items) <= n else [items[k] for k in np.linspace(0, len(items) - 1, n).round().astype(int)]
-
-
-def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
-    """Yield (crop uint8 (size, size, 3), points (68, 2) in the crop) of a photo, or of a clip's frames that show a face.
-
-    max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
-    complain(line) is told which of several faces was taken, and what was turned.
-    """
-    if Path(path).suffix.lower() in CLIPS:
-        yield from faces_in_clip(path, detect, detector, size, max_frames, complain)
-    else:
-        yield face_in_photo(path, detect, size, complain)
-
-
-def face_in_photo(path, detect, size, complain):
-    """-> (crop, points), as above."""
-    image, faces, turns = upright(read_photo(path), detect)
-    if not faces:
-        raise UserError(f"no face found in {path}, however turned; if there is one that looks at the camera, "
-                        "cut the picture closer to it")
-    face = which_face(faces, image)
-    choice = words_on_choice(faces, face, path)
-    if choice:
-        complain(choice)
-    if turns:
-        complain(f"{path} {TURNED[turns]}")
-    points = detect.landmarks(image, face)
-    box = inside(face_box(points), image)
-    return crop(image, box, size), to_crop(points, box, size)
-
-
-def faces_in_clip(path, detect, detector, size, max_frames, complain):
-    """Yield (crop, points), as above."""
-    count = count_frames(path) if max_frames else 0
-    chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
-    track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
-    boxes = steady_boxes(track.points, track.seconds())
-    kept = (frame for k, frame in enumerate(read_video(path, lambda line: None)) if k in chosen)
-    for frame, box, points, found in zip(kept, boxes, track.points, track.found):
-        if found:
-            image = np.rot90(to_rgb(frame), track.turns)
-            box = inside(box, image)
-            yield crop(image, box, size), to_crop(points, box, size)
-
-
-def find_sequences(root, out=None):
-    """-> {name: [files]} of the sequences below root, and lines on all that is not used. out: a folder to pass over."""
-    sequences, unused = {}, []
-    for folder, files, lines in walk(root, out):
-        name = os.path.relpath(folder, root)
-        unused += [f"{name}: {line}" for line in lines]
-        if name == ".":
-            clips = [f for f in files if f.suffix.lower() in CLIPS]
-            sequences |= {f.name: [f] for f in clips}
-            files, name = [f for f in files if f not in clips], "_photos"
-        if files:
-            sequences[name] = files
-    return sequences, unused
-
-
-def walk(root, out=None):
-    """Yield (folder, [its photos and clips], [lines on what else is there]) for root and every folder below it, once.
-
-    Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those that systems
-    leave behind are passed over: they hold copies and thumbnails.
-    """
-    above = Path(os.path.realpath(root)).parents
-    seen = {identity(folder) for folder in above}
-    ours = identity(out) if out and os.path.isdir(out) else None
-    folders, links = [root], []
-    while folders or links:
-        folder = folders.pop(0) if folders else links.pop(0)
-        if identity(folder) in seen:
-            yield folder, [], ["a link to a folder that is used already"]
-            continue
-        seen.add(identity(folder))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as e:
-            yield folder, [], [e.strerror]
-            continue
-        files, others, lines = [], [], []
-        inner = [entry for entry in entries if entry.is_dir() and identity(entry.path) != ours]
-        for entry in inner:
-            if is_system(entry.name):
-                lines.append(f"the hidden or system folder {entry.name} is passed over")
-            else:
-                (links if entry.is_symlink() else folders).append(entry.path)
-        for entry in entries:
-            if entry.is_file() and not is_system(entry.name) and Path(entry.name).suffix.lower() in PHOTOS | CLIPS:
-                files.append(Path(entry.path))
-            elif not entry.is_dir():
-                others.append(entry.name)
-        if others:
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
-        if not files and not inner:
-            lines.append("no videos or photos in this folder")
-        yield folder, files, lines
-
-
-def identity(folder):
-    """What is the same for all names of a folder."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def is_system(name):
-    return name.startswith(".") or name.lower() in SYSTEM
-
-
 _detect = None  # each worker process builds its detector once
 
 
@@ -365,14 +242,15 @@ def _prepare(files, out, kind, size, max_frames):
     jpegs, landmarks, problems = [], [], []
     for file in files:
         try:
-            for face, points in faces_in(file, _detect, kind, size, max_frames // len(files), problems.append):
+            share = max_frames // len(files)
+            for face, points in faces_in(file, _detect, kind, size, share, problems.append):
                 buffer = io.BytesIO()
                 Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
                 landmarks.append(torch.from_numpy(points))
         except UserError as e:
             problems.append(str(e))
-        except Exception as e:  # one odd file among a million must not stop the rest; it is named in the summary
+        except Exception as e:  # one odd file among a million must not stop the rest; the summary names it
             problems.append(f"{file}: {type(e).__name__}: {e}")
     if len(jpegs) < 2:
         return 0, problems + [f"{files[0].parent}: {len(jpegs)} frames with a face, and 2 are needed"]
@@ -385,21 +263,22 @@ def _prepare(files, out, kind, size, max_frames):
 def prepare(videos, out, kind, size, max_frames, workers):
     """`python data.py`: every sequence below `videos` becomes a file in `out`. Prints a summary."""
     if not os.path.isdir(videos):
-        raise UserError(f"no folder {videos}: name the one that holds the videos or photos with --videos DIR")
+        raise UserError(f"no folder {videos}: name the one with the videos or photos by --videos DIR")
     sequences, problems = find_sequences(videos, out)
     if not sequences:
         raise UserError(f"{videos} holds neither videos nor photos")
     there = PreparedVideos(out) if any(Path(out).rglob("*.pt")) else None
     if there and (there.image_size, there.detector) != (size, kind):
-        raise UserError(f"{out} was prepared with --image-size {there.image_size} --landmarks {there.detector}: "
-                        "name the same, or another --out")
+        raise UserError(f"{out} was prepared with --image-size {there.image_size} "
+                        f"--landmarks {there.detector}: name the same, or another --out")
     todo = {name: files for name, files in sequences.items() if not os.path.exists(f"{out}/{name}.pt")}
     landmark_detector(kind)  # fails here, before the workers start, if it cannot be built
 
     # the work
     done, frames, stop = 0, 0, None
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (kind,)) as pool:
-        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames) for name, files in todo.items()]
+        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames)
+                for name, files in todo.items()]
         try:
             for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
                 count, lines = job.result()
@@ -415,10 +294,11 @@ def prepare(videos, out, kind, size, max_frames, workers):
             pool.shutdown(wait=True, cancel_futures=True)
 
     # the summary
-    print(f"{out}: {done} sequences with {frames} frames prepared, {len(sequences) - len(todo)} were there already")
+    before = len(sequences) - len(todo)
+    print(f"{out}: {done} sequences with {frames} frames prepared, {before} were there already")
     if problems:
         print(f"not used, not all of it, or worth a look ({len(problems)}):", *sorted(problems), sep="\n  ")
-    if stop or (done == 0 and len(sequences) == len(todo)):
+    if stop or (done == 0 and before == 0):
         raise stop or UserError(f"nothing in {videos} could be used")
 
 

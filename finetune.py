@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import faces_in, to_float, to_tensors
+from data import to_float, to_tensors
 from faces import landmark_detector
 from files import UserError, check_paths, run, warn
 from losses import BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from metrics import dlib_recognition
 from model import autocast, load_checkpoint, load_networks, save_checkpoint
+from sources import faces_in
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
 STRANGERS = 0.45     # between two face vectors at 64 pixels: one person's are closer, 9 of 10 pairs of people farther

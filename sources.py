@@ -1,0 +1,152 @@
+"""What people's folders hold: which files are a sequence, and the faces in a photo or a clip.
+
+    sequences, unused = find_sequences("videos")
+    for crop, points in faces_in("x.jpg", landmark_detector("dlib"), "dlib", 256):
+"""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from faces import TURNED, crop, face_box, inside, steady_boxes, to_crop, upright, which_face, words_on_choice
+from files import UserError, warn
+from media import count_frames, read_photo, read_video, to_rgb
+from video import track_video
+
+PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif",
+          ".bmp", ".tif", ".tiff", ".gif"}
+CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp",
+         ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".vob", ".dv", ".ogv"}
+SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
+          "system volume information", "#snapshot", "@recently-snapshot"}   # what desktops and NAS leave behind
+
+
+# ------------------------------------------------------------------------------------------------ faces
+
+def evenly(items, n):
+    """At most n of the items, evenly spread from the first to the last."""
+    if len(items) <= n:
+        return items
+    return [items[k] for k in np.linspace(0, len(items) - 1, n).round().astype(int)]
+
+
+def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
+    """Yield (crop uint8 (size, size, 3), points (68, 2) in it) of a photo, or of a clip's frames with a face.
+
+    max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
+    complain(line) is told which of several faces was taken, and what was turned.
+    """
+    if Path(path).suffix.lower() in CLIPS:
+        yield from faces_in_clip(path, detect, detector, size, max_frames, complain)
+    else:
+        yield face_in_photo(path, detect, size, complain)
+
+
+def face_in_photo(path, detect, size, complain):
+    """-> (crop, points), as above."""
+    image, faces, turns = upright(read_photo(path), detect)
+    if not faces:
+        raise UserError(f"no face found in {path}, however turned; "
+                        "if there is one that looks at the camera, cut the picture closer to it")
+    face = which_face(faces, image)
+    choice = words_on_choice(faces, face, path)
+    if choice:
+        complain(choice)
+    if turns:
+        complain(f"{path} {TURNED[turns]}")
+    points = detect.landmarks(image, face)
+    box = inside(face_box(points), image)
+    return crop(image, box, size), to_crop(points, box, size)
+
+
+def faces_in_clip(path, detect, detector, size, max_frames, complain):
+    """Yield (crop, points), as above."""
+    count = count_frames(path) if max_frames else 0
+    chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
+    track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
+    boxes = steady_boxes(track.points, track.seconds())
+    kept = (frame for k, frame in enumerate(read_video(path, lambda line: None)) if k in chosen)
+    for frame, box, points, found in zip(kept, boxes, track.points, track.found):
+        if found:
+            image = np.rot90(to_rgb(frame), track.turns)
+            box = inside(box, image)
+            yield crop(image, box, size), to_crop(points, box, size)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+def find_sequences(root, out=None):
+    """-> {name: [files]} of the sequences below root, and [lines on all that is not used].
+
+    out: a folder to pass over without a word.
+    """
+    sequences, unused = {}, []
+    for folder, files, lines in walk(root, out):
+        name = os.path.relpath(folder, root)
+        unused += [f"{name}: {line}" for line in lines]
+        if name == ".":
+            clips = [f for f in files if f.suffix.lower() in CLIPS]
+            sequences |= {f.name: [f] for f in clips}
+            files, name = [f for f in files if f not in clips], "_photos"
+        if files:
+            sequences[name] = files
+    return sequences, unused
+
+
+def walk(root, out=None):
+    """Yield (folder, [its photos and clips], [lines on what else is there]): root and each folder below, once.
+
+    Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those
+    that systems leave behind are passed over: they hold copies and thumbnails.
+    """
+    above = Path(os.path.realpath(root)).parents
+    seen = {identity(folder) for folder in above}
+    ours = identity(out) if out and os.path.isdir(out) else None
+    folders, links = [root], []
+    while folders or links:
+        folder = folders.pop(0) if folders else links.pop(0)
+        if identity(folder) in seen:
+            yield folder, [], ["a link to a folder that is used already"]
+            continue
+        seen.add(identity(folder))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as e:
+            yield folder, [], [e.strerror]
+            continue
+        inner = [entry for entry in entries if entry.is_dir() and identity(entry.path) != ours]
+        for entry in inner:
+            if not is_system(entry.name):
+                (links if entry.is_symlink() else folders).append(entry.path)
+        beside = [entry for entry in entries if not entry.is_dir()]
+        files = [Path(entry.path) for entry in beside if is_source(entry)]
+        others = [entry.name for entry in beside if not is_source(entry)]
+        passed = [entry.name for entry in inner if is_system(entry.name)]
+        yield folder, files, words_on_unused(others, passed, empty=not files and not inner)
+
+
+def words_on_unused(others, passed, empty):
+    """Lines on what a folder holds that is not used: other files, folders that are passed over."""
+    lines = [f"the hidden or system folder {name} is passed over" for name in passed]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
+    if empty:
+        lines.append("no videos or photos in this folder")
+    return lines
+
+
+def identity(folder):
+    """What is the same for all names of a folder."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def is_system(name):
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def is_source(entry):
+    """Whether an os.DirEntry is a photo or a clip. "._1.jpg" is what a Mac leaves beside 1.jpg."""
+    return entry.is_file() and not is_system(entry.name) and Path(entry.name).suffix.lower() in PHOTOS | CLIPS
