@@ -187,8 +187,8 @@ def without_doubles(faces):
 def which_face(faces, image):
     """The face that is meant: the one the detector is surest of.
 
-    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then show
-    another than the central person.
+    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then
+    show another than the central person.
     """
     middle = np.array(image.shape[1::-1]) / 2
     surest = max(face.score for face in faces)
@@ -227,7 +227,7 @@ TURNED = {1: "lies on its side: turned it to the left", 2: "is upside down: turn
 
 
 def upright(image, detector):
-    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees, as by np.rot90."""
+    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees (np.rot90)."""
     best = image, detector.faces(image), 0
     sure = best[1][0].score if best[1] else 0.0
     if sure >= SURE:

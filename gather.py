@@ -39,7 +39,10 @@ def evenly(items, n):
 
 
 def find_sequences(root, out=None):
-    """-> {name: [files]} of the sequences below root, and lines on what is not used. out: passed over."""
+    """-> {name: [files]} of the sequences below root, and [lines on all that is not used].
+
+    out: a folder to pass over without a word.
+    """
     sequences, unused = {}, []
     for folder, files, lines in walk(root, out):
         name = os.path.relpath(folder, root)
@@ -54,7 +57,7 @@ def find_sequences(root, out=None):
 
 
 def walk(root, out=None):
-    """Yield (folder, [its photos and clips], [lines on what else is there]) for root and all below, once.
+    """Yield (folder, [its photos and clips], [lines on what else is there]): root and each folder below, once.
 
     Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those
     that systems leave behind are passed over: they hold copies and thumbnails.
@@ -74,25 +77,15 @@ def walk(root, out=None):
         except OSError as e:
             yield folder, [], [e.strerror]
             continue
-        files, others, lines = [], [], []
         inner = [entry for entry in entries if entry.is_dir() and identity(entry.path) != ours]
         for entry in inner:
-            if is_system(entry.name):
-                lines.append(f"the hidden or system folder {entry.name} is passed over")
-            else:
+            if not is_system(entry.name):
                 (links if entry.is_symlink() else folders).append(entry.path)
-        for entry in entries:
-            known = Path(entry.name).suffix.lower() in PHOTOS | CLIPS
-            if entry.is_file() and known and not is_system(entry.name):
-                files.append(Path(entry.path))
-            elif not entry.is_dir():
-                others.append(entry.name)
-        if others:
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
-        if not files and not inner:
-            lines.append("no videos or photos in this folder")
-        yield folder, files, lines
+        beside = [entry for entry in entries if not entry.is_dir()]
+        files = [Path(entry.path) for entry in beside if is_source(entry)]
+        others = [entry.name for entry in beside if not is_source(entry)]
+        passed = [entry.name for entry in inner if is_system(entry.name)]
+        yield folder, files, words_on_unused(others, passed, empty=not files and not inner)
 
 
 def identity(folder):
@@ -103,6 +96,22 @@ def identity(folder):
 
 def is_system(name):
     return name.startswith(".") or name.lower() in SYSTEM
+
+
+def is_source(entry):
+    """Whether an os.DirEntry is a photo or a clip. "._1.jpg" is what a Mac leaves beside 1.jpg."""
+    return entry.is_file() and not is_system(entry.name) and Path(entry.name).suffix.lower() in PHOTOS | CLIPS
+
+
+def words_on_unused(others, passed, empty):
+    """Lines on what a folder holds that is not used: other files, folders that are passed over."""
+    lines = [f"the hidden or system folder {name} is passed over" for name in passed]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
+    if empty:
+        lines.append("no videos or photos in this folder")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------- faces

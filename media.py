@@ -9,7 +9,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from files import UserError, warn
 
@@ -57,7 +57,7 @@ def read_video(path, complain=warn):
     """Yield every frame of a video that is shown, as an av.VideoFrame, streaming.
 
     Its pts rises, in units of its time_base (seconds). Its opaque is how much wider than high its pixels are.
-    UserError if there is no frame to be had. What ends early is used as far as it goes; complain(line) is told.
+    UserError if there is no frame to be had. What ends early is used as far as it goes, with complain(line).
     """
     import av
     count, expected, problem = 0, 0, None
@@ -198,10 +198,14 @@ def read_photo(path):
                 return np.asarray(to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile")))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except UNREADABLE as e:
+    except UnidentifiedImageError as e:
         problem = e
-    try:    # what PIL cannot read: .heic
+    except UNREADABLE as e:
+        raise UserError(f"{path} is not a picture that can be read ({e})") from None
+    try:    # what PIL does not know: .heic
         image, profile = read_still(path)
+    except UserError:
+        raise
     except Exception:       # FFmpeg raises many types on foreign files; PIL's word is the better one
         raise UserError(f"{path} is not a picture that can be read ({problem})") from None
     return np.asarray(to_srgb(Image.fromarray(image), profile))
@@ -213,9 +217,14 @@ def read_still(path):
     Raises OSError or av.FFmpegError where there is none.
     """
     from av.sidedata.sidedata import Type
+    from av.stream import Disposition
     with open_media(path) as container:
+        if any(s.disposition & Disposition.dependent for s in container.streams.video):
+            raise UserError(f"{path} is stored in tiles, which are not put together here: save it as JPEG")
         stream = main_video(container)
-        frame = next(container.decode(stream), None) if stream else None
+        if stream is None or stream.width * stream.height > Image.MAX_IMAGE_PIXELS:     # as PIL warns of
+            raise OSError("no picture in it, or too large a one")
+        frame = next(container.decode(stream), None)
         if frame is None:
             raise OSError("no picture in it")
         frame.opaque = pixel_aspect(stream)
@@ -224,7 +233,7 @@ def read_still(path):
 
 
 def to_srgb(image, profile):
-    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None). Without it, colours are pale."""
+    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None): else colours are pale."""
     if image.mode.startswith("I"):      # 16 bits, which PIL would clip to 8
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

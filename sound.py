@@ -14,7 +14,7 @@ PREROLL = 0.1   # seconds before the start that a decoder may need, and that pla
 
 
 def usable_sound(path):
-    """-> path if its sound can be written into an mp4; None if there is none, or it cannot (with a warning)."""
+    """-> path if its sound can be written into an mp4; None if there is none or it cannot (a warning)."""
     import av
     problem = None
     try:
