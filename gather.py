@@ -26,7 +26,7 @@ PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", "
 CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts",
          ".m2ts", ".wmv", ".flv", ".vob", ".dv", ".ogv"}
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
-          "system volume information", "#snapshot", "@recently-snapshot"}  # what desktops and NAS leave behind
+          "system volume information", "#snapshot", "@recently-snapshot"}  # of desktops and NAS
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -57,7 +57,7 @@ def find_sequences(root, out=None):
 
 
 def walk(root, out=None):
-    """Yield (folder, [its photos and clips], [lines on what else is there]): root and each folder below, once.
+    """Yield (folder, [its photos and clips], [lines on what else is there]) for root and all below, once.
 
     Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those
     that systems leave behind are passed over: they hold copies and thumbnails.
@@ -117,8 +117,8 @@ def words_on_unused(others, passed, empty):
 # --------------------------------------------------------------------------------------------- faces
 
 def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
-    """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames with
-    a face. seconds: the frame's time in its clip, 0 for a photo.
+    """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames
+    with a face. seconds: the frame's time in its clip, 0 for a photo.
 
     max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
     complain(line) is told which of several faces was taken, and what was turned.
