@@ -19,7 +19,7 @@ PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", "
 CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp",
          ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".vob", ".dv", ".ogv"}
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
-          "system volume information", "#snapshot", "@recently-snapshot"}   # what desktops and NAS leave behind
+          "system volume information", "#snapshot", "@recently-snapshot"}   # desktops and NAS leave them
 
 
 # ------------------------------------------------------------------------------------------------ faces
@@ -95,7 +95,7 @@ def find_sequences(root, out=None):
 
 
 def walk(root, out=None):
-    """Yield (folder, [its photos and clips], [lines on what else is there]): root and each folder below, once.
+    """Yield (folder, [its photos and clips], [lines on what else is there]) for root and each folder below.
 
     Links to folders are followed, but after the folders themselves, and never up. Hidden folders and those
     that systems leave behind are passed over: they hold copies and thumbnails.
