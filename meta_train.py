@@ -321,7 +321,7 @@ def main():
     if stopping and step < steps:
         print(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume",
               file=sys.stderr)
-        sys.exit(128 + (signals.came[0] if signals.came else signal.SIGTERM))
+        sys.exit(128 + (signals.came[0][0] if signals.came else signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -223,13 +223,13 @@ class Generator(nn.Module):
         return self.render(y, self.project(e))                  # (B, 3, S, S)
 
     def fold(self):
-        """Put spectral norm and upsampling into the weights, for inference, once. Returns self."""
+        """Put spectral norm and upsampling into the weights, for inference. Returns self."""
         self.eval()  # in eval mode the power iteration stands still
         for module in list(self.modules()):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        for block in self.up:
-            block.conv1.weight = nn.Parameter(transposed_kernel(block.conv1.weight.detach()))
+        for conv in (block.conv1 for block in self.up if block.conv1.weight.shape[-1] == 3):
+            conv.weight = nn.Parameter(transposed_kernel(conv.weight.detach()))
         return self
 
 
