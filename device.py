@@ -12,7 +12,7 @@ def default_device():
 def fast_dtype(device):
     """bfloat16 where the device multiplies it fast, float32 elsewhere.
 
-    Fast are CUDA from Ampere on, and CPUs with AMX or avx512_bf16, where a training step takes 0.6 of its time.
+    Fast are CUDA from Ampere on, and CPUs with AMX or avx512_bf16: a training step takes 0.6 of the time.
     """
     kind = torch.device(device).type
     fast = False

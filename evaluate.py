@@ -77,7 +77,6 @@ def draw(G, psi, y):
     """
     dtype = fast_dtype(y.device)
     G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
-    psi = psi.to(dtype)
     with torch.inference_mode():
         frames = [G.render(part.to(dtype), psi.expand(len(part), -1)) for part in y.split(8)]
     return to_uint8(torch.cat(frames))

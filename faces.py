@@ -1,4 +1,4 @@
-"""Faces in pictures: the detectors of the 68 landmarks, which face is meant, the one crop of training, photos and drivers.
+"""Faces in pictures: the detectors of the 68 landmarks, which face is meant, and the one crop of all stages.
 
     detect = landmark_detector("dlib")
     points = detect(read_photo("x.jpg"))        # (68, 2), or None
@@ -35,7 +35,10 @@ class Face(NamedTuple):
 
 
 class Detector:
-    """detect(image uint8 (H, W, 3)): points (68, 2) float32 of the face that is meant, or None. Build it once."""
+    """detect(image uint8 (H, W, 3)) -> points (68, 2) float32 of the face that is meant, or None.
+
+    Build it once: that takes a second or more.
+    """
 
     sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
 
@@ -44,7 +47,10 @@ class Detector:
         return self.landmarks(image, which_face(faces, image)) if faces else None
 
     def faces(self, image, sides=None):
-        """-> [Face], the surest first. sides: of the shrunken copies to look at, until a face is sure; None: all."""
+        """image uint8 (H, W, 3) -> [Face], the surest first.
+
+        sides: of the shrunken copies to look at one by one, until a face is sure; None: all of self.sides.
+        """
         raise NotImplementedError
 
     def landmarks(self, image, face):
@@ -55,7 +61,8 @@ class Detector:
 def landmark_detector(kind):
     """-> a Detector.
 
-    kind "fan": face-alignment, the paper's detector [7].  "dlib": the same 68 points, offline and fast on a CPU.
+    kind "fan": face-alignment, the paper's detector [7].
+    kind "dlib": the same 68 points, offline and fast on a CPU.
     """
     return {"fan": FanDetector, "dlib": DlibDetector}[kind]()
 
@@ -66,7 +73,7 @@ def dlib_model(name):
 
 
 class DlibDetector(Detector):
-    sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick, so they go first
+    sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick: first
 
     def __init__(self):
         import dlib
@@ -108,7 +115,7 @@ class FanDetector(Detector):
     def faces(self, image, sides=None):
         scale = self.scale(image)
         boxes = self.fan.face_detector.detect_from_image(np.asarray(shrink(image, scale)))
-        # its scores are probabilities from 0.5 to 1: 0 to 2 here, so that SURE means about as much as with dlib
+        # its scores are probabilities from 0.5 to 1; 0 to 2 here: SURE then means as much as with dlib
         found = [Face(tuple(float(v) / scale for v in box[:4]), 4 * float(box[4]) - 2) for box in boxes]
         return without_doubles(found)
 
@@ -120,7 +127,7 @@ class FanDetector(Detector):
 
     @staticmethod
     def scale(image):
-        return min(1, 640 / max(image.shape[:2]))   # its face detector would take minutes over a whole photo
+        return min(1, 640 / max(image.shape[:2]))   # its face detector takes minutes over a whole photo
 
 
 def download_fan_weights():
@@ -145,8 +152,8 @@ def fan_folder():
 
 
 def no_fan_weights(error):
-    return UserError(f"cannot get the weights of face-alignment ({error}): put them into {fan_folder()} yourself, "
-                     "or prepare and train with data.py --landmarks dlib")
+    return UserError(f"cannot get the weights of face-alignment ({error}): "
+                     f"put them into {fan_folder()} yourself, or prepare with data.py --landmarks dlib")
 
 
 def shrink(image, scale):
@@ -178,13 +185,16 @@ def without_doubles(faces):
 
 
 def which_face(faces, image):
-    """The face that is meant: the one the detector is surest of. Size and place decide among those it is nearly as
-    sure of. Of 134 photos of LFW with several boxes, 2 then show another than the central person."""
+    """The face that is meant: the one the detector is surest of.
+
+    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then
+    show another than the central person.
+    """
     middle = np.array(image.shape[1::-1]) / 2
     surest = max(face.score for face in faces)
 
     def merit(face):
-        distance = np.linalg.norm((face.centre() - middle) / middle)     # 0 in the middle, 1 at the end of an axis
+        distance = np.linalg.norm((face.centre() - middle) / middle)     # 0 to 1 along an axis
         return face.width() * np.exp(-distance) * face.score ** 0.5
 
     return max((face for face in faces if face.score >= NEARLY * surest), key=merit)
@@ -196,7 +206,8 @@ def words_on_choice(faces, chosen, path):
     if len(sure) < 2:
         return None
     other = "the other" if len(sure) == 2 else "another"
-    return f"{len(sure)} faces in {path}: took the one {where(chosen, sure)}; crop the photo to choose {other}"
+    place = where(chosen, sure)
+    return f"{len(sure)} faces in {path}: took the one {place}; crop the photo to choose {other}"
 
 
 def where(face, faces):
@@ -216,7 +227,7 @@ TURNED = {1: "lies on its side: turned it to the left", 2: "is upside down: turn
 
 
 def upright(image, detector):
-    """-> (image, [Face], k): a picture that lies on its side or head is turned by k times 90 degrees, as np.rot90 does."""
+    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees (np.rot90)."""
     best = image, detector.faces(image), 0
     sure = best[1][0].score if best[1] else 0.0
     if sure >= SURE:
@@ -232,7 +243,7 @@ def upright(image, detector):
 # ------------------------------------------------------------------------------------------------ crops
 
 def face_box(points):
-    """The one crop of training, photos and drivers: points (..., 68, 2) -> (..., 3): centre x, y and half side.
+    """The one crop of all stages: points (..., 68, 2) -> (..., 3), centre x, y and half side.
 
     Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows.
     """
@@ -246,9 +257,10 @@ def face_box(points):
 
 
 def steady_boxes(points, times):
-    """face_box for a video: a Gaussian mean over about a second either side, so that the crop does not jitter.
+    """face_box for a video: a Gaussian mean over about a second either side, so that it does not jitter.
 
-    points (n, 68, 2), times (n,) in seconds -> (n, 3). Nothing is averaged across a cut, where the face jumps.
+    points (n, 68, 2), times (n,) in seconds -> (n, 3).
+    Nothing is averaged across a cut, where the face jumps.
     """
     boxes = face_box(points)
     moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
@@ -262,14 +274,17 @@ def steady_boxes(points, times):
 
 
 def inside(box, image):
-    """A box moved into the picture as far as it fits: what lies beyond can only be made up. box (3,) -> (3,)."""
-    room = np.array(image.shape[1::-1]) - 2 * box[2]            # x and y that are left, negative where it is too large
+    """A box (3,) moved into the picture as far as it fits: what lies beyond can only be made up. -> (3,)"""
+    room = np.array(image.shape[1::-1]) - 2 * box[2]        # in x and y; negative where the box is too large
     corner = np.clip(box[:2] + 0.5 - box[2], np.minimum(room / 2, 0), np.maximum(room / 2, room))
     return np.append(corner + box[2] - 0.5, box[2])
 
 
 def crop(image, box, size):
-    """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased, reflected beyond the border."""
+    """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased.
+
+    Beyond the border the picture is reflected.
+    """
     height, width = image.shape[:2]
     (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
     edges = np.array([x - half, y - half, x + half, y + half])

@@ -1,4 +1,4 @@
-"""The ground that all other files stand on: errors for people, checked paths, writes that are whole or absent.
+"""The ground of the other files: errors for people, checked paths, writes that are whole or absent.
 
 It imports none of the others.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 class UserError(Exception):
-    """What a user can mend: a wrong file, a missing folder. Scripts print it as one line and leave with code 2."""
+    """What a user can mend: a wrong file, a missing folder. Scripts print one line and leave with code 2."""
 
 
 def run(main):
@@ -48,7 +48,7 @@ def make_parser(doc):
 
 
 def open_closed_streams():
-    """Where stdin, stdout or stderr is closed, open nothing in its place; print names a terminal cannot show.
+    """Give stdin, stdout and stderr a place where they are closed, and words for names they cannot show.
 
     Else the next file that is opened gets the number of stderr, and libraries write their warnings into it.
     """
@@ -65,7 +65,7 @@ def open_closed_streams():
 
 
 def short_of_shared_memory(error):
-    """Whether torch's DataLoader failed for want of room in /dev/shm: its workers hand over batches there."""
+    """Whether torch's DataLoader failed for want of room in /dev/shm, where its workers hand over batches."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
 
@@ -77,7 +77,7 @@ def warn(message):
 # ------------------------------------------------------------------------------------------------ paths
 
 def check_paths(inputs, outputs=()):
-    """UserError now, not after minutes of work, if an input is missing or an output cannot or must not be written.
+    """UserError now, not after minutes of work, if an input is missing or an output cannot be written.
 
     inputs, outputs: lists of paths, None where a flag was not given. All bad inputs are named at once.
     """
@@ -106,7 +106,7 @@ def problem_of_input(path):
 
 
 def problem_of_output(path, inputs):
-    """A few words on why a file cannot or must not be written at a path; None where it may. Links lead to their targets."""
+    """A few words on why no file may be written at a path, or where its link leads; None where it may."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     try:
@@ -130,7 +130,7 @@ def problem_of_output(path, inputs):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name to write to, renamed to `path` at the end: it is absent, as it was before, or whole.
+    """Yield a temporary name to write to, renamed to `path` at the end: that is absent, as before, or whole.
 
     A link keeps pointing to its target, which is written. UserError where it cannot be written.
     """
@@ -152,7 +152,7 @@ def atomic(path):
 
 
 def move(temporary, target):
-    """Rename; a file that is a mount point itself (docker -v FILE:FILE) cannot be renamed over, and is copied into."""
+    """Rename. A file that is a mount point (docker -v FILE:FILE) cannot be replaced, and is copied into."""
     try:
         os.replace(temporary, target)
     except OSError as e:

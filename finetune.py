@@ -15,13 +15,15 @@ from tqdm import tqdm
 from data import to_float, to_tensors
 from device import autocast, default_device
 from faces import landmark_detector
-from files import UserError, check_paths, make_parser, run
+from files import UserError, check_paths, make_parser, run, warn
 from gather import faces_in
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
                     hinge_loss)
+from metrics import dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
+STRANGERS = 0.45        # between dlib's vectors of two 64-pixel faces: most people are farther apart
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
@@ -112,13 +114,33 @@ def randomised(what, e_new, psi, w, G, D, seed):
 # ------------------------------------------------------------------ for this command and infer.py
 
 def load_parts(paths, config, detect, max_frames=32):
-    """For each photo or clip: frames uint8 (m, S, S, 3), landmarks (m, 68, 2). UserError without a face."""
-    parts = []
+    """For each photo or clip: frames uint8 (m, S, S, 3), landmarks (m, 68, 2). UserError without a face.
+
+    All paths without a face are named at once; a warning tells of several people.
+    """
+    parts, problems = [], []
     for path in paths:
-        faces = faces_in(path, detect, config.landmarks, config.image_size, max_frames)
-        frames, points, _ = zip(*faces)
-        parts.append((np.stack(frames), np.stack(points)))
+        try:
+            faces = faces_in(path, detect, config.landmarks, config.image_size, max_frames)
+            frames, points, _ = zip(*faces)
+            parts.append((np.stack(frames), np.stack(points)))
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        raise UserError("; ".join(problems))
+    if len(parts) > 1:
+        warn_of_several_people(paths, [(frames[0], points[0]) for frames, points in parts])
     return parts
+
+
+def warn_of_several_people(paths, faces):
+    """faces: the first (crop, points) of each path. By the recognition network that CSIM uses."""
+    vector = dlib_recognition()
+    first, *others = (vector(*face) for face in faces)
+    strangers = [path for path, v in zip(paths[1:], others) if np.linalg.norm(v - first) > STRANGERS]
+    if strangers:
+        names = ", ".join(map(str, strangers))
+        warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
 
 
 def to_faces(parts):

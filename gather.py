@@ -26,7 +26,7 @@ PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", "
 CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts",
          ".m2ts", ".wmv", ".flv", ".vob", ".dv", ".ogv"}
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
-          "system volume information", "#snapshot", "@recently-snapshot"}  # what desktops and NAS leave behind
+          "system volume information", "#snapshot", "@recently-snapshot"}  # of desktops and NAS
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -39,7 +39,10 @@ def evenly(items, n):
 
 
 def find_sequences(root, out=None):
-    """-> {name: [files]} of the sequences below root, and lines on what is not used. out: passed over."""
+    """-> {name: [files]} of the sequences below root, and [lines on all that is not used].
+
+    out: a folder to pass over without a word.
+    """
     sequences, unused = {}, []
     for folder, files, lines in walk(root, out):
         name = os.path.relpath(folder, root)
@@ -74,25 +77,15 @@ def walk(root, out=None):
         except OSError as e:
             yield folder, [], [e.strerror]
             continue
-        files, others, lines = [], [], []
         inner = [entry for entry in entries if entry.is_dir() and identity(entry.path) != ours]
         for entry in inner:
-            if is_system(entry.name):
-                lines.append(f"the hidden or system folder {entry.name} is passed over")
-            else:
+            if not is_system(entry.name):
                 (links if entry.is_symlink() else folders).append(entry.path)
-        for entry in entries:
-            known = Path(entry.name).suffix.lower() in PHOTOS | CLIPS
-            if entry.is_file() and known and not is_system(entry.name):
-                files.append(Path(entry.path))
-            elif not entry.is_dir():
-                others.append(entry.name)
-        if others:
-            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
-        if not files and not inner:
-            lines.append("no videos or photos in this folder")
-        yield folder, files, lines
+        beside = [entry for entry in entries if not entry.is_dir()]
+        files = [Path(entry.path) for entry in beside if is_source(entry)]
+        others = [entry.name for entry in beside if not is_source(entry)]
+        passed = [entry.name for entry in inner if is_system(entry.name)]
+        yield folder, files, words_on_unused(others, passed, empty=not files and not inner)
 
 
 def identity(folder):
@@ -105,11 +98,27 @@ def is_system(name):
     return name.startswith(".") or name.lower() in SYSTEM
 
 
+def is_source(entry):
+    """Whether an os.DirEntry is a photo or a clip. "._1.jpg" is what a Mac leaves beside 1.jpg."""
+    return entry.is_file() and not is_system(entry.name) and Path(entry.name).suffix.lower() in PHOTOS | CLIPS
+
+
+def words_on_unused(others, passed, empty):
+    """Lines on what a folder holds that is not used: other files, folders that are passed over."""
+    lines = [f"the hidden or system folder {name} is passed over" for name in passed]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        lines.append(f"neither videos nor photos: {', '.join(others[:5])}{more}")
+    if empty:
+        lines.append("no videos or photos in this folder")
+    return lines
+
+
 # --------------------------------------------------------------------------------------------- faces
 
 def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
-    """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames with
-    a face. seconds: the frame's time in its clip, 0 for a photo.
+    """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames
+    with a face. seconds: the frame's time in its clip, 0 for a photo.
 
     max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
     complain(line) is told which of several faces was taken, and what was turned.

@@ -40,7 +40,7 @@ def render(G, psi, points, size, source=None):
     """
     dtype = fast_dtype(psi.device)
     G = G.to(dtype=dtype, memory_format=torch.channels_last)        # it is not for training any more
-    batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # on CPUs large images go faster one by one
+    batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs do large images one by one
     for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches"):
         drawn = np.stack([draw_landmarks(p, size) for p in points[start:start + batch]])    # (B, S, S, 3)
         y = to_float(torch.from_numpy(drawn).movedim(-1, 1), psi.device)                    # (B, 3, S, S)
@@ -56,7 +56,8 @@ def read_driver(path, config, detect):
     if is_track(path):
         track = load_track(path)
         if track.detector != config.landmarks:
-            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with {config.landmarks}")
+            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with "
+                 f"{config.landmarks}")
     else:
         track = track_video(path, detect, config.landmarks, progress=True)
     missed = len(track.found) - int(track.found.sum())
@@ -154,7 +155,8 @@ def parse():
     if args.person and (args.feed_forward or args.save_person):
         raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
-        raise UserError(f"--out {args.out}: it becomes an mp4, and players go by the name: end it in .mp4")
+        raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
+                        "end it in .mp4, .m4v or .mov")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
     args.sheet = os.path.splitext(args.out)[0] + ".png" if args.views else None
     check_paths(inputs, [args.out, args.sheet, args.save_person, args.save_track])

@@ -1,4 +1,4 @@
-"""Photos and videos as a viewer sees them: upright, with square pixels, in sRGB; which stream of a file is meant.
+"""Photos and videos as a viewer sees them: the stream that is meant, upright, with square pixels, in sRGB.
 
     image = read_photo("x.jpg")             # uint8 (H, W, 3)
     for frame in read_video("v.mp4"):       # av.VideoFrame, one at a time
@@ -9,7 +9,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from files import UserError, warn
 
@@ -23,7 +23,7 @@ def open_media(path, mode="r", **options):
 # ---------------------------------------------------------------------------------------------- streams
 
 def main_video(container):
-    """The video stream that a player would show, None without one: no cover, and the best where there are several."""
+    """The video stream that a player would show: no cover, and the best of several. None without one."""
     from av.stream import Disposition
     beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 
@@ -32,12 +32,13 @@ def main_video(container):
         default = bool(stream.disposition & Disposition.default)
         return moves, default, stream.width * stream.height
 
-    streams = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & beside]
+    readable = [s for s in container.streams.video if s.codec_context is not None]
+    streams = [s for s in readable if not s.disposition & beside]
     return max(streams, key=merit, default=None)
 
 
 def main_audio(container):
-    """The audio stream that a player would play, None without one: the one marked as default, no commentary."""
+    """The audio stream that a player would play: the one marked as default, no commentary; or None."""
     from av.stream import Disposition
     for_some = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired
                 | Disposition.visual_impaired | Disposition.karaoke)
@@ -55,8 +56,8 @@ def main_audio(container):
 def read_video(path, complain=warn):
     """Yield every frame of a video that is shown, as an av.VideoFrame, streaming.
 
-    Its pts rises, in units of its time_base (seconds); its opaque is how much wider than high its pixels are.
-    UserError if there is no frame to be had; what ends early is used as far as it goes, and `complain` is told.
+    Its pts rises, in units of its time_base (seconds). Its opaque is how much wider than high its pixels are.
+    UserError if there is no frame to be had. What ends early is used as far as it goes, with complain(line).
     """
     import av
     count, expected, problem = 0, 0, None
@@ -81,13 +82,14 @@ def read_video(path, complain=warn):
     if not count:
         raise UserError(f"{path} is a video without a frame that can be read")
     if problem or count < 0.95 * expected - 1:      # containers' own counts are a little off at times
-        complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({problem or 'it ends early'})")
+        why = problem or "it ends early"
+        complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({why})")
 
 
 def shown_frames(container, stream):
     """About how many frames a container promises to show, 0 if it does not say.
 
-    An edit list hides some of those that are stored, or shows them more than once: the smaller number counts.
+    An edit list hides some of those that are stored, or shows them twice: the smaller number counts.
     """
     rate = stream.average_rate or 25
     if stream.duration:
@@ -109,7 +111,8 @@ class Clock:
     """Times that rise: raw streams have none, joined files start theirs anew in the middle."""
 
     def __init__(self, base, step):
-        self.base, self.step = base, max(1, step)       # seconds; from one time to the next, in units of base
+        self.base = base                # seconds
+        self.step = max(1, step)        # from one time to the next, in units of base
         self.last, self.offset = None, 0
 
     def rising(self, time):
@@ -118,7 +121,8 @@ class Clock:
             time += self.offset
         if time is None or (self.last is not None and time <= self.last):
             following = 0 if self.last is None else self.last + self.step
-            if time is not None and (self.last - time) * self.base > 1:     # started anew: it goes on from here
+            if time is not None and (self.last - time) * self.base > 1:
+                # it started anew: it goes on from here
                 self.offset += following - time
             time = following
         self.last = time
@@ -148,7 +152,7 @@ def pixel_aspect(stream):
 
 
 def to_rgb(frame):
-    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says it should be."""
+    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says."""
     aspect = frame.opaque or 1.0
     width = round(frame.width * max(aspect, 1))      # enlarged, so that nothing is lost
     height = round(frame.height / min(aspect, 1))
@@ -160,7 +164,7 @@ def to_rgb(frame):
 
 
 def as_displayed(image, frame):
-    """Apply a frame's display matrix: x' = a x + c y, y' = b x + d y. Phones turn by it, selfie cameras mirror."""
+    """Apply a frame's display matrix: x' = a x + c y, y' = b x + d y. Phones turn by it, some mirror."""
     from av.sidedata.sidedata import Type
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
@@ -177,6 +181,9 @@ def as_displayed(image, frame):
 
 # ----------------------------------------------------------------------------------------------- photos
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
 def read_photo(path):
     """-> uint8 (H, W, 3) in sRGB, upright (EXIF), alpha over white, the first picture of an animation.
 
@@ -191,10 +198,14 @@ def read_photo(path):
                 return np.asarray(to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile")))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except UnidentifiedImageError as e:
         problem = e
-    try:    # what PIL cannot read: .heic
+    except UNREADABLE as e:
+        raise UserError(f"{path} is not a picture that can be read ({e})") from None
+    try:    # what PIL does not know: .heic
         image, profile = read_still(path)
+    except UserError:
+        raise
     except Exception:       # FFmpeg raises many types on foreign files; PIL's word is the better one
         raise UserError(f"{path} is not a picture that can be read ({problem})") from None
     return np.asarray(to_srgb(Image.fromarray(image), profile))
@@ -206,9 +217,14 @@ def read_still(path):
     Raises OSError or av.FFmpegError where there is none.
     """
     from av.sidedata.sidedata import Type
+    from av.stream import Disposition
     with open_media(path) as container:
+        if any(s.disposition & Disposition.dependent for s in container.streams.video):
+            raise UserError(f"{path} is stored in tiles, which are not put together here: save it as JPEG")
         stream = main_video(container)
-        frame = next(container.decode(stream), None) if stream else None
+        if stream is None or stream.width * stream.height > Image.MAX_IMAGE_PIXELS:     # as PIL warns of
+            raise OSError("no picture in it, or too large a one")
+        frame = next(container.decode(stream), None)
         if frame is None:
             raise OSError("no picture in it")
         frame.opaque = pixel_aspect(stream)
@@ -217,7 +233,7 @@ def read_still(path):
 
 
 def to_srgb(image, profile):
-    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None): without it, colours would be pale."""
+    """A PIL picture of any mode -> RGB, by its colour profile (bytes or None): else colours are pale."""
     if image.mode.startswith("I"):      # 16 bits, which PIL would clip to 8
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -228,7 +244,8 @@ def to_srgb(image, profile):
     if profile:
         try:
             source = ImageCms.getOpenProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass    # damaged, or of another mode than the picture: as if it had none
     return image.convert("RGB")

@@ -251,6 +251,9 @@ def main():
     args = parse()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE={world} is set without what torchrun sets beside it: unset it, "
+                        "or start with torchrun")
     device = find_device(local_rank)
 
     # data

@@ -147,8 +147,7 @@ class ConvNet(nn.Module):
         self.attention = SelfAttention(widths[self.attention_after])
 
     def forward(self, x, y):
-        h = torch.cat([x, y], dim=1)                            # (B, 6, S, S)
-        features = []
+        h, features = torch.cat([x, y], dim=1), []              # (B, 6, S, S)
         for k, block in enumerate(self.blocks, 1):
             h = block(h)                                        # (B, widths[k], S/2^k, S/2^k)
             features.append(h)
@@ -200,7 +199,8 @@ class Generator(nn.Module):
 
     def project(self, e):
         """psi_hat = P e_hat: (B, N) -> (B, |psi_hat|), what makes the person (Sec. 3.1)."""
-        return self.gain * self.P(e)
+        with torch.autocast(e.device.type, enabled=False):      # gamma is small beside 1: float32
+            return self.gain * self.P(e)
 
     def render(self, y, psi_hat):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi_hat (B, |psi_hat|) -> (B, 3, S, S)."""

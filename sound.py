@@ -1,6 +1,6 @@
-"""The sound of one media file in another: copied packet by packet, or encoded anew where mp4 cannot hold it.
+"""The sound of one media file in another: its packets copied, or encoded anew where mp4 cannot hold them.
 
-    sound_from = usable_sound("v.mp4")              # before the work: a warning and None where it cannot be had
+    sound_from = usable_sound("v.mp4")              # before the work: a warning and None where it cannot be
     with Sound(sound_from, out, start) as sound:    # out: an av container being written
         sound.write_until(seconds)
 """
@@ -14,7 +14,7 @@ PREROLL = 0.1   # seconds before the start that a decoder may need, and that pla
 
 
 def usable_sound(path):
-    """-> path if its sound can be written into an mp4; None if it has none, or, after a warning, if it cannot."""
+    """-> path if its sound can be written into an mp4; None if there is none or it cannot (a warning)."""
     import av
     problem = None
     try:
@@ -65,11 +65,11 @@ class Sound:
         if self.source is not None:
             self.source.close()
         if self.problem:
-            what = "sound ends early" if self.written else "sound cannot be read or written, and is left out"
-            warn(f"{self.path}: its {what} ({self.problem})")
+            what = "ends early" if self.written else "cannot be read or written, and is left out"
+            warn(f"{self.path}: its sound {what} ({self.problem})")
 
     def write_until(self, seconds):
-        """Write the packets up to a time of the result. What is wrong with the sound does not cost the pictures."""
+        """Write the packets up to a time of the result. A fault of the sound does not cost the pictures."""
         import av
         try:
             if self.packet is None:
@@ -100,7 +100,9 @@ class Sound:
         clock = None
         for packet in self.source.demux(audio):
             for frame in decoded(packet):
-                clock = clock or Clock(frame.time_base, round(frame.samples / frame.sample_rate / frame.time_base))
+                if clock is None:
+                    seconds = frame.samples / frame.sample_rate
+                    clock = Clock(frame.time_base, round(seconds / frame.time_base))
                 frame.pts = clock.rising(frame.pts) - round(self.start / frame.time_base)
                 if frame.pts >= 0:      # none from before the result starts
                     yield from stream.encode(frame)

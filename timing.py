@@ -55,7 +55,7 @@ def timing(state, content, x, y, shots, device):
     E, G, _ = load_networks(state)
     dtype, psi = fast_dtype(device), G.project(embed(E, x[:1], y[:1])[None]).detach()
     G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
-    psi, picture = psi.to(dtype), y[:1].to(dtype)
+    picture = y[:1].to(dtype)
     with torch.inference_mode():
         seconds = median_seconds(lambda: G.render(picture, psi), 50)
     return "\n".join(lines + [f"| a frame | {seconds:.4f} s | {PAPER_FRAME} s |"])

@@ -40,7 +40,8 @@ class Head:
         random = np.random.default_rng((1, i))
         low = (.85, 1.0, .13, .38, .05, -.2, .0)
         high = (1.1, 1.3, .19, .46, .1, .25, 1.6)
-        self.width, self.chin, self.eye, self.gap, self.lip, self.fringe, self.long = random.uniform(low, high)
+        lengths = random.uniform(low, high)
+        self.width, self.chin, self.eye, self.gap, self.lip, self.fringe, self.long = lengths
         self.skin = np.array((255, 214, 180)) * random.uniform(.35, 1) * random.uniform(.92, 1.08, 3)
         self.hair = random.uniform(15, 200, 3)
         self.iris = random.uniform(20, 170, 3)
@@ -67,7 +68,7 @@ class Pose:
 
 
 def arc(n, x, y, z):
-    """n points over the jaw (y > 0) or the forehead (y < 0), from ear to ear; z: how far the middle stands out."""
+    """n points over the jaw (y > 0) or the forehead (y < 0), ear to ear; z: how far its middle stands out."""
     a = np.linspace(-1.6, 1.6, n)
     return np.stack([x * np.sin(a), y * np.cos(a) - .05, z * np.cos(a) - .7], 1)
 

@@ -20,13 +20,17 @@ from sound import Sound
 # ----------------------------------------------------------------------------------------------- tracks
 
 class Track(NamedTuple):
-    """The landmarks of a video, in pixels of its upright frames; times are pts * time_base[0] / time_base[1] seconds."""
-    points: np.ndarray      # (n, 68, 2) float32; a frame without a face repeats the face before it, or the first one
+    """The landmarks of a video, in pixels of its upright frames.
+
+    Times are pts * time_base[0] / time_base[1] seconds.
+    A frame without a face repeats the face before it, or the first one.
+    """
+    points: np.ndarray      # (n, 68, 2) float32
     found: np.ndarray       # (n,) bool
     pts: np.ndarray         # (n,) int64
     time_base: np.ndarray   # (2,) int64
     detector: str           # fan | dlib
-    turns: int = 0          # a video that lay on its side: by how many times 90 degrees np.rot90 makes it upright
+    turns: int = 0          # of a video that lies on its side: np.rot90(frame, turns) is upright
 
     def seconds(self):
         return self.pts * (self.time_base[0] / self.time_base[1])
@@ -65,11 +69,13 @@ def load_track(path):
 # ------------------------------------------------------------------------------------------- following
 
 class Follower:
-    """Which face of a video is looked at: within a shot the one that was followed; chosen anew only after a cut or a
-    second without it."""
+    """Which face of a video is looked at: within a shot the one that was followed.
+
+    It is chosen anew only after a cut, or a second without it.
+    """
 
     LOST = 1.0          # seconds without the followed face, after which another one may be chosen
-    PATIENCE = 0.5      # seconds between two looks at large copies of frames that show no face: they take long
+    PATIENCE = 0.5      # seconds between two looks at large copies where there is no face: they take long
 
     def __init__(self, detector, turns=0):
         self.detector, self.turns = detector, turns
@@ -83,12 +89,12 @@ class Follower:
         self.turned = np.zeros(4, int)  # how many of the searches showed a face with the frame turned so
 
     def is_cut(self, thumbnail):
-        """Whether a new shot begins: small copies (32, 32) of the frame and the one before it have little in common."""
+        """Whether a new shot begins: this small copy (32, 32) has little in common with the one before."""
         before, self.thumbnail = self.thumbnail, thumbnail.astype(np.float32)
         return before is None or np.abs(self.thumbnail - before).mean() > 20
 
     def look(self, image, seconds, cut):
-        """image uint8 (H, W, 3) -> points (68, 2) of the followed face in it, None where it is not to be seen."""
+        """image uint8 (H, W, 3) -> points (68, 2) of the followed face, None where it is not to be seen."""
         self.looks += 1
         lost = self.missed >= 2 and seconds - self.seen > self.LOST
         if self.face is not None and not cut and not lost:
@@ -109,8 +115,8 @@ class Follower:
         """-> ([Face] of the frame, the followed one or None): where it was, about as large."""
         sides, last = self.detector.sides, self.face
         at = sides.index(last.side)
-        if at > 0 and last.width() * sides[at - 1] / max(image.shape[:2]) > 100:    # it would be found on a smaller copy
-            at -= 1
+        if at > 0 and last.width() * sides[at - 1] / max(image.shape[:2]) > 100:
+            at -= 1                         # it is large enough to be found on a smaller copy
         faces, again = [], None
         for side in sides[at:at + 2]:       # a face that grows smaller is found on the next one
             faces = self.detector.faces(image, (side,))
@@ -135,7 +141,8 @@ class Follower:
             return [], None
         chosen = which_face(faces, image)
         if self.face is not None:           # a flash is no cut: rather the same face, if it is where it was
-            same = [face for face in faces if is_near(face, self.face) and face.score >= NEARLY * chosen.score]
+            likely = [face for face in faces if face.score >= NEARLY * chosen.score]
+            same = [face for face in likely if is_near(face, self.face)]
             chosen = max(same, key=lambda face: overlap(face.box, self.face.box), default=chosen)
             self.choices += not same
         return faces, chosen
@@ -149,14 +156,15 @@ class Follower:
         """One line on what was chosen, None where there was no choice."""
         if not self.with_others:
             return None
-        words = f"{path}: {self.with_others} of {self.looks} frames show others too: followed the face {self.place}"
+        count = f"{self.with_others} of {self.looks} frames"
+        words = f"{path}: {count} show others too: followed the face {self.place}"
         if self.choices:
             words += f", and chose anew {self.choices} times, after a cut or a second without it"
         return words
 
 
 def is_near(face, last):
-    """Whether a face can be the one that was at `last` a moment ago: it overlaps, or is next to it and as large."""
+    """Whether a face can be the one that was `last` a moment ago: it overlaps, or is close and as large."""
     if overlap(face.box, last.box) > 0.2:
         return True
     distance = np.linalg.norm(face.centre() - last.centre())
@@ -181,7 +189,8 @@ def track_video(path, detect, detector, keep=lambda k: True, progress=False, com
         raise UserError(f"no face found in any of the {len(track.found)} frames of {path}, however turned")
     if follower.report(path):
         complain(follower.report(path))
-    before = np.maximum.accumulate(np.where(track.found, np.arange(len(track.found)), np.argmax(track.found)))
+    own, first = np.arange(len(track.found)), np.argmax(track.found)
+    before = np.maximum.accumulate(np.where(track.found, own, first))
     return track._replace(points=track.points[before])
 
 
@@ -216,14 +225,16 @@ def write_video(path, frames, pts, time_base, sound_from=None):
     """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
 
     frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is copied packet by packet,
-    or encoded anew as AAC where mp4 cannot hold its codec; it moves by as much as the pictures.
+    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is taken (sound.py);
+    it moves by as much as the pictures. UserError where it cannot be written.
     """
     import av
     base = Fraction(*map(int, time_base))
     start = int(pts[0]) * base
     pts = pts - pts[0]
-    rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001) if len(pts) > 1 else 25
+    rate = Fraction(25)
+    if len(pts) > 1:
+        rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001)
     options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
     with atomic(path) as temporary:
         try:

@@ -1,4 +1,7 @@
-"""The picture at the top of the README: python assets/strip.py"""
+"""Make strip.png: two people, driven by the track's landmarks as the paper does, absolute and relative.
+
+    python assets/strip.py        # a minute or two on two cores
+"""
 import sys
 from pathlib import Path
 
@@ -7,32 +10,37 @@ from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
-
-from faces import landmark_detector  # noqa: E402  (the project's own modules, from wherever this is run)
-from files import atomic  # noqa: E402
+from adapt import adapt, describe  # noqa: E402  (the project's own modules, from wherever this is run)
+from data import draw_landmarks  # noqa: E402
 from device import default_device  # noqa: E402
-from finetune import CHECKPOINT, EPOCHS, learn_person, load_faces  # noqa: E402
+from face3d import load_face  # noqa: E402
+from faces import landmark_detector  # noqa: E402
+from files import atomic  # noqa: E402
+from finetune import CHECKPOINT, EPOCHS, learn_person, load_parts, to_faces  # noqa: E402
 from infer import render  # noqa: E402
-from losses import ContentLoss  # noqa: E402
+from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from video import load_track  # noqa: E402
 
-PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), (0, 40, 90, 120, 160, 180), 128
+PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), [0, 40, 90, 120, 160, 180], 128
 
 device = default_device()
 state = load_checkpoint(CHECKPOINT, device)
-config, rows = state["config"], []
-content, detect = ContentLoss(config.content), landmark_detector(config.landmarks)
-points = load_track(str(ASSETS / "speech.npz")).in_crops(config.image_size)[list(POSES)]
+config, face = state["config"], load_face()
+size = config.image_size
+content, detect = ContentLoss(config.content, face=FACE_WEIGHT), landmark_detector(config.landmarks)
+track = load_track(str(ASSETS / "speech.npz"))
+blank = np.full((size, size, 3), 255, np.uint8)
+rows = [[blank, *(draw_landmarks(p, size) for p in track.in_crops(size)[POSES])]]
 for photo in PHOTOS:
-    x, y = load_faces([ASSETS / photo], config, detect)
-    pictures = []
-    for epochs in (0, EPOCHS):      # feed-forward, fine-tuned
-        _, G, psi, source = learn_person(state, x, y, content, epochs, device)
-        pictures.append([np.split(picture, 3, axis=1) for picture in render(G, psi, points, config.image_size, source)])
-    (source, _, _), blank = pictures[0][0], np.full_like(pictures[0][0][0], 255)
-    rows += [[source, *(landmarks for _, landmarks, _ in pictures[0])]]
-    rows += [[blank, *(result for _, _, result in drawn)] for drawn in pictures]
+    parts = load_parts([str(ASSETS / photo)], config, detect)
+    source = describe([points for _, points in parts], face)
+    x, y = to_faces(parts)
+    _, G, psi, _ = learn_person(state, x, y, content, EPOCHS, device)
+    for motion in ("paper", "absolute", "relative"):
+        points = adapt(track, source, motion, size, face)[POSES]
+        first = parts[0][0][0] if motion == "paper" else blank
+        rows.append([first, *render(G, psi, points, size)])
 cells = [[np.asarray(Image.fromarray(cell).resize((CELL, CELL), Image.BICUBIC)) for cell in row] for row in rows]
 with atomic(ASSETS / "strip.png") as temporary:
     Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in cells])).save(temporary, "PNG")

@@ -1,4 +1,5 @@
-"""Shared by the tests: small networks, a real photo, a clip made from it, and scripts run in this process or in their own."""
+"""Shared by the tests: small networks, a real photo, a clip made from it, scripts run here or in their own process."""
+import functools
 import importlib
 import os
 import signal
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import av
+import dlib
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="the long form of the tests, above all of test_faults.py: two hours")
+    parser.addoption("--slow", action="store_true", help="the long form of test_faults.py: two hours")
 
 
 def pytest_configure(config):
@@ -42,6 +44,7 @@ def two_threads_on_the_cpu(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+shape_predictor = functools.cache(dlib.shape_predictor)     # 100 MB and a second: read once for all tests
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -68,13 +71,15 @@ def captured(out, err):
 
 
 def here(*args, cwd, **env):
-    """The same as `script`, but in this process, by the script's main(): without the seconds that a start takes."""
+    """The same as `script` in this process, by the script's main(): without the seconds that a start takes."""
     module = importlib.import_module(args[0].removesuffix(".py"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, pytest.MonkeyPatch.context() as patch):
+    with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err,
+          pytest.MonkeyPatch.context() as patch):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", list(map(str, args)))
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(dlib, "shape_predictor", shape_predictor)
         for name, value in (OFFLINE | env).items():
             patch.setenv(name, value)
         code = 0
@@ -91,7 +96,7 @@ def here(*args, cwd, **env):
 
 
 def succeed(*args, start=here, **options):
-    """Run a script that must succeed, in this process or, start=script, in one of its own. Returns what it printed."""
+    """Run a script that must succeed, here or, start=script, in its own process. Returns what it printed."""
     result = start(*args, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -101,13 +106,15 @@ def fail(*args, start=here, **options):
     """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
     result = start(*args, **options)
     lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (result.returncode, result.stderr)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
 
 
 def torchrun(*arguments, cwd):
     """Two ranks on CPUs, a thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 

@@ -8,9 +8,11 @@ from PIL import Image, ImageCms
 
 import gather
 import faces
+import finetune
 import media
 from conftest import PHOTO
 from files import UserError
+from model import Config
 
 
 def test_crop_follows_its_definition(face):
@@ -183,6 +185,25 @@ def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
     with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
         list(gather.faces_in(tmp_path / "dark.png", detect, "dlib", 128))
+
+
+def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "c.jpg").write_text("no picture")
+    config = Config(64, landmarks="dlib")
+    with pytest.raises(UserError) as e:
+        finetune.load_faces([tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"], config, detect)
+    assert all(name in str(e.value) for name in ("a.png", "b.png", "c.jpg")) and "\n" not in str(e.value)
+
+
+def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
+    config = Config(64, landmarks="dlib")
+    Image.fromarray(face).save(tmp_path / "her.png")
+    assert len(finetune.load_faces([PHOTO, tmp_path / "her.png"], config, detect)[0]) == 2
+    assert capsys.readouterr().err == ""
+    finetune.load_faces([PHOTO, PHOTO.with_name("mona_lisa.jpg")], config, detect)
+    assert "mona_lisa.jpg may show somebody else" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- photos

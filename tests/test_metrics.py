@@ -6,7 +6,8 @@ import torch
 import metrics
 import report
 from conftest import PHOTO, ROOT
-from faces import crop, face_box, read_photo, to_crop
+from faces import crop, face_box, to_crop
+from media import read_photo
 
 LFW = ROOT.parent / "shared/data/lfw"
 

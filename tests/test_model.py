@@ -18,7 +18,7 @@ def millions(module):
 
 def test_parameter_counts_are_the_papers():
     cfg = Config()
-    E, G, D = Embedder(cfg), Generator(cfg), Discriminator(cfg)     # 1.3 s; 9 s on the meta device, whose first use imports a lot
+    E, G, D = Embedder(cfg), Generator(cfg), Discriminator(cfg)     # the meta device is no faster
     assert [round(millions(m)) for m in (E, G, D.V)] == [15, 38, 20]            # Sec. 3.4
     assert sum(G.psi_sizes) == G.P.weight.shape[0] == 13056
     assert [b.conv2.out_channels for b in E.net.blocks] == [64, 128, 256, 512, 512, 512]
