@@ -1,26 +1,27 @@
 """Someone else drives: the source's face under the driver's motion.
 
-    python adapt.py --data prepared --out weights/face3d.npz    # makes the bundled file, minutes on one core
+    python adapt.py --data prepared --out weights/face3d.npz    # makes the bundled file in a few minutes
 
-The paper feeds the driver's landmarks as they are, and names the limit itself: "lack of landmark adaptation ...
-leads to a noticeable personality mismatch". This goes beyond it, with the linear 3-D face of face3d.py. Its
-coefficients z are who somebody is plus what the face is doing; how they vary between people and within one
-person tells the two apart. So a source keeps its identity and takes over the driver's movements.
+The paper feeds the driver's landmarks as they are, and names the limit itself: "lack of landmark
+adaptation ... leads to a noticeable personality mismatch". This goes beyond it, with the linear 3-D face
+of face3d.py. Its coefficients z are who somebody is plus what the face is doing; how they vary between
+people and within one person tells the two apart. So a source keeps its identity and takes over the
+driver's movements.
 """
 from typing import NamedTuple
 
 import numpy as np
 
 from data import PreparedVideos
-from face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings, project,
-                    rotation, shapes)
+from face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings,
+                    project, rotation, shapes)
 from faces import face_box
 from files import UserError, atomic, check_paths, make_parser, run, warn
 
 CLIP = 4                            # the frames of a clip are worth so many independent photos
 TURN = np.radians([50, 30])         # relative motion brings no head beyond this yaw and pitch
 SHUT = 0.005                        # lips that touch, in eye distances
-OUTER_UPPER, OUTER_LOWER = np.array([50, 51, 52]), np.array([58, 57, 56])   # lips that go along with inner ones
+OUTER_UPPER, OUTER_LOWER = np.array([50, 51, 52]), np.array([58, 57, 56])   # they go with the inner lips
 
 
 class Source(NamedTuple):
@@ -61,12 +62,12 @@ def describe(parts, face):
 def steady(f, seconds, shot, found):
     """The Fit of a track without the detector's tremble, but for its rest.
 
-    seconds (n,).  shot (n,): nothing is mixed across a cut.  found (n,): a frame without a face lies between
-    its neighbours.
+    seconds (n,).  shot (n,): nothing is mixed across a cut.  found (n,): a frame without a face lies
+    between its neighbours.
     """
     values = np.concatenate([f.pose, f.z, f.opening], axis=1)
     noise = np.zeros(values.shape[1])
-    if found.sum() > 3:     # third differences: movements hardly have any, white noise 20 times its variance
+    if found.sum() > 3:     # third differences: of movements small, of white noise 20 times its variance
         third = np.abs(np.diff(values[found], 3, axis=0))
         noise = np.median(third, axis=0) / 0.6745 / 20 ** 0.5
     pose, z, lids, lips = slice(0, 6), slice(6, -7), slice(-7, -3), slice(-3, None)
@@ -76,13 +77,13 @@ def steady(f, seconds, shot, found):
         for column in values.T:
             column[own] = np.interp(seconds[own], seconds[seen], column[seen])
         for part, sigma, width in (pose, 0.12, 5), (z, 0.1, 4), (lids, 0.08, 2), (lips, 0.08, 2):
-            together = part in (lids, lips)                 # both lids close at once
-            values[own, part] = smooth(values[own, part], seconds[own], sigma, width * noise[part], together)
+            values[own, part] = smooth(values[own, part], seconds[own], sigma, width * noise[part],
+                                       together=part in (lids, lips))       # both lids close at once
     return Fit(values[:, pose], values[:, z], values[:, -7:], None)
 
 
 def smooth(values, seconds, sigma, width, together):
-    """Still what only trembles, keep what moves: values (n, d), its columns together or one by one -> (n, d).
+    """Still what only trembles, keep what moves: values (n, d), columns together or one by one.
 
     A bilateral filter: a frame counts in so far as it is near in time (sigma, in seconds) and in value
     (width (d,)). So a blink keeps its depth, and nothing comes late.
@@ -103,7 +104,7 @@ def smooth(values, seconds, sigma, width, together):
 
 
 def shots(points):
-    """The number of each frame's shot, (n, 68, 2) -> (n,): a face that jumps, as in faces.steady_boxes."""
+    """The number of each frame's shot, (n, 68, 2) -> (n,): the face jumps, as in faces.steady_boxes."""
     boxes = face_box(points)
     moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
     return np.cumsum(moves > boxes[:, 2])
@@ -112,11 +113,12 @@ def shots(points):
 # --------------------------------------------------------------------------------------------- motion
 
 def adapt(track, source, motion, size, face):
-    """The landmarks that drive `source`: a Track of n frames -> (n, 68, 2) in pixels of a size x size crop.
+    """The landmarks that drive `source`: Track of n frames -> (n, 68, 2), pixels of a size x size crop.
 
-    motion "relative": the photo's pose and expression plus the driver's change from its own neutral, framed as
-    the photo.  "absolute": the driver's pose and expression on the source's shape, framed as the driver.  In
-    both, lips open as far as the driver's, and lids by the driver's share.  "paper": the driver's as they are.
+    motion "relative": the photo's pose and expression plus the driver's change from its own neutral,
+    framed as the photo.  "absolute": the driver's pose and expression on the source's shape, framed as the
+    driver.  In both, lips open as far as the driver's, and lids by the driver's share.
+    "paper": the driver's landmarks as they are.
     """
     points, found = track.in_crops(size), track.found
     if motion == "paper":
@@ -127,7 +129,7 @@ def adapt(track, source, motion, size, face):
 
     if motion == "relative":
         change = driver.pose - neutral_pose
-        change[:, 4:] *= np.exp(source.pose[3] - neutral_pose[3])       # the photo's head may be larger
+        change[:, 4:] *= np.exp(source.pose[3] - neutral_pose[3])   # the photo's head may be larger
         pose, limit = source.pose + change, np.maximum(TURN, np.abs(source.pose[:2]))
         pose[:, :2] = pose[:, :2].clip(-limit, limit)
         return place(pose, source.z + driver.z - neutral_z, opening, source, face)
@@ -135,20 +137,20 @@ def adapt(track, source, motion, size, face):
     who = identity([driver.z[found].mean(0)], [min(found.sum(), CLIP)], face)
     result = place(driver.pose, source.identity + driver.z - who, opening, source, face)
     box, wanted = np.median(face_box(result), axis=0), np.median(face_box(points), axis=0)
-    return (result - box[:2]) * (wanted[2] / box[2]) + wanted[:2]       # a longer face needs a wider crop
+    return (result - box[:2]) * (wanted[2] / box[2]) + wanted[:2]   # a longer face needs a wider crop
 
 
 def take_over(driver, neutral, source, face):
     """Openings of the driver (n, 7) and of its neutral (7,) -> of the source (n, 7)."""
     expected = gaps(face.mean + np.tensordot(source.identity, face.basis, 1))
-    opened = np.maximum(source.opening, 0.7 * expected)     # the photo may have been taken in a blink ...
-    share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))         # ... and the driver may be asleep
+    opened = np.maximum(source.opening, 0.7 * expected)     # the photo may be of a blink ...
+    share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))     # ... the driver asleep
     lids = (opened * share.clip(0, 1.6))[:, LIDS]
     return np.concatenate([lids, driver[:, LIPS].clip(SHUT)], axis=1)
 
 
 def place(pose, z, opening, source, face):
-    """pose (n, 6), z (n, K), opening (n, 7) -> landmarks (n, 68, 2) of the source, with these openings."""
+    """pose (n, 6), z (n, K), opening (n, 7) -> landmarks (n, 68, 2) of the source, with this opening."""
     return np.concatenate([_place(pose[rows], z[rows], opening[rows], source, face)
                            for rows in chunks(len(pose))])
 
@@ -201,8 +203,9 @@ def read_people(folder, most=32):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--data", default="prepared", metavar="DIR", help="a prepared folder (default: prepared)")
-    parser.add_argument("--out", default=FACE, metavar="FILE", help="(default: weights/face3d.npz, the bundled)")
+    add = parser.add_argument
+    add("--data", default="prepared", metavar="DIR", help="a prepared folder (default: prepared)")
+    add("--out", default=FACE, metavar="FILE", help="(default: the bundled weights/face3d.npz)")
     args = parser.parse_args()
     check_paths([], [args.out])
     people = read_people(args.data)

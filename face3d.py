@@ -1,15 +1,15 @@
-"""A linear 3-D face of the 68 landmarks, and non-rigid structure from motion, which learns it from 2-D points.
+"""A linear 3-D face of the 68 landmarks, learned from 2-D points by non-rigid structure from motion.
 
-    face = load_face()                      # weights/face3d.npz, made by `python adapt.py --data prepared`
+    face = load_face()                      # weights/face3d.npz, made by adapt.py
     f = fit(points, face)                   # of every frame: pose, coefficients z, openings, rest
 
 A face that a camera sees from afar is
 
     points = scale * R * (mean + z * basis) + shift + rest
 
-with a pose (R, scale, shift), coefficients z, and a rest that the model cannot say. Lengths on a face are in
-eye distances (of the outer corners); x to the picture's right, y down, z to the viewer. A pose is (yaw, pitch,
-roll, log scale, x, y): yaw > 0 looks to the picture's right, pitch > 0 up.
+with a pose (R, scale, shift), coefficients z, and a rest that the model cannot say. Lengths on a face
+are in eye distances (of the outer corners); x to the picture's right, y down, z to the viewer. A pose is
+(yaw, pitch, roll, log scale, x, y): yaw > 0 looks to the picture's right, pitch > 0 up.
 """
 import os
 from typing import NamedTuple
@@ -98,7 +98,7 @@ def gaps(shape):
 # ---------------------------------------------------------------------------------------------- fitting
 
 def fit(points, face, rounds=3):
-    """points (n, 68, 2) in pixels -> Fit. Pose and z by turns; 3 rounds bring z within 0.001 of the end."""
+    """points (n, 68, 2) in pixels -> Fit. Pose and z by turns: 3 rounds bring z to 0.001 of the end."""
     parts = []
     for rows in chunks(len(points)):
         p = np.asarray(points[rows], np.float64)
@@ -162,7 +162,7 @@ def learn(people, directions=16, rounds=(24, 6), say=lambda message: None):
 
 
 def learn_shapes(points, directions, rounds, say):
-    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face without covariances.
+    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face, no covariances.
 
     rounds: so many with the mean alone; then two directions more in each; then so many with all.
     """
@@ -198,7 +198,7 @@ def grow(f, face, count):
 
 
 def solve_shapes(points, f):
-    """Mean (68, 3) and basis (K, 68, 3) by least squares over all frames: poses and z are given, z made white."""
+    """Least squares over all frames, given poses and z, made white -> mean (68, 3), basis (K, 68, 3)."""
     n, K = f.z.shape
     w, v = np.linalg.eigh(f.z.T @ f.z / n)
     white = f.z @ (v[:, ::-1] / w[::-1] ** 0.5)
@@ -215,8 +215,8 @@ def solve_shapes(points, f):
 
 
 def covariances(z):
-    """z (n_i, K) of each person -> covariances between people and within one (K, K), people's mean (K,)."""
-    means, counts = np.stack([part.mean(0) for part in z]), np.array([len(part) for part in z])
+    """z (n_i, K) of each person -> covariances between people and within one (K, K), the mean (K,)."""
+    counts, means = np.array([len(part) for part in z]), np.stack([part.mean(0) for part in z])
     own = np.concatenate([part - mean for part, mean in zip(z, means)])
     within = own.T @ own / (counts - 1).sum()
     between = np.cov(means.T) - within * np.mean(1 / counts)        # a mean of few is noisy itself

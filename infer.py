@@ -79,10 +79,10 @@ def choose_motion(track, path, picture, source, face):
     picture: uint8 (S, S, 3), the one that `source` describes.
     """
     if len(track.pts) == 1:
-        print("a driver of one frame has no motion: its pose and expression are taken (--motion absolute)")
+        print("a driver of one frame has no motion: its pose is taken (--motion absolute)")
         return "absolute"
     if not is_track(path) and same_person(track, path, picture, source, face):
-        print("the driver is the same person: pose and expression are taken as they are (--motion absolute)")
+        print("the driver is the same person: its pose is taken as it is (--motion absolute)")
         return "absolute"
     return "relative"
 
@@ -113,7 +113,7 @@ def warn_of_sides(track, source, motion, face):
     """Where photo or driver look aside, the result suffers."""
     yaw = abs(np.degrees(source.pose[0]))
     if yaw > 40:
-        warn(f"the photo shows the face from the side, by about {yaw:.0f} degrees: half of it is guessed")
+        warn(f"the photo shows the face from the side, by about {yaw:.0f} degrees: half is guessed")
     if motion == "relative":
         yaw = abs(np.degrees(np.median(fit(track.points[track.found], face).pose[:, 0])))
         if yaw > 25:
@@ -185,14 +185,14 @@ def main():
         source, picture = whose_face(state, face), to_uint8(state["source"])
     motion = args.motion
     if source is None and (args.views or motion in ("relative", "absolute")):
-        raise UserError(f"{args.person} was made before --motion and lacks what it needs: --motion paper")
+        raise UserError(f"{args.person} is of before --motion and lacks what it needs: --motion paper")
     if args.driver:
         track = read_driver(args.driver, config, detect)
         sound_from = usable_sound(args.driver) if video else None
         if args.save_track:
             save_track(args.save_track, track)
         if source is None and not motion:
-            print(f"{args.person} was made before --motion: the driver's landmarks are taken as they are")
+            print(f"{args.person} is of before --motion: the driver's landmarks are taken as they are")
             motion = "paper"
         motion = motion or choose_motion(track, args.driver, picture, source, face)
         if motion != "paper":
