@@ -37,15 +37,13 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
              adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
-    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss.
-    epochs=0: feed-forward; content is not used then.
+    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
     for net in filter(None, (E, G, D, content)):
-        net.to(memory_format=torch.channels_last)       # a quarter faster than contiguous tensors
-
+        net.to(memory_format=torch.channels_last)       # a quarter faster
     # e_NEW, psi' and w': parameters before the optimisers are built, else they would never be trained
     e_new = embed(E.eval(), x, y)                       # (N,): eq. 7
     with torch.no_grad():

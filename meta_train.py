@@ -11,8 +11,6 @@ its content loss needs --vgg19 and --vggface.
 import copy
 import math
 import os
-import signal
-import sys
 import time
 from dataclasses import replace
 
@@ -31,8 +29,8 @@ from grow import grow
 from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
                     match_loss)
 from model import Discriminator, Embedder, Generator
-from resume import (Log, Signals, any_rank, check_finite, checkpoints, clear, join_ranks, restore,
-                    save_step, worker_signals)
+from resume import (Log, Signals, any_rank, check_finite, clear, find_ranks, join_ranks, open_run,
+                    restore, save_step, worker_signals)
 from toy import ToyHeads
 
 LOG_EVERY = 50
@@ -249,25 +247,13 @@ def batches(episodes, start, steps, device):
 def main():
     # devices
     args = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(f"WORLD_SIZE={world} is set without what torchrun sets beside it: unset it, "
-                        "or start with torchrun")
+    rank, world, local_rank = find_ranks()
     device = find_device(local_rank)
 
     # data
     config, episodes, examples, steps = find_data(args, rank, world)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": episodes.videos.name}
-    done = checkpoints(args.out)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts failed runs again
-    if done and not args.resume and not restarted:
-        raise UserError(f"{args.out} already holds {len(done)} checkpoints: "
-                        "add --resume, or name another --out")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to --out {args.out}: {e.strerror}") from None
+    done = open_run(args.out, args.resume)
     content = ContentLoss(args.content, args.vgg19, args.vggface, args.face).to(device)
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
@@ -287,10 +273,9 @@ def main():
     if args.grow_from and not start:
         grow(E, G, D, args.grow_from, config, episodes)
         update_average(averages, (E, G), decay=0.0)
-    E_ddp, G_ddp = E, G
-    if world > 1:   # A.4: gradients are reduced "only for the generator and the embedder"
-        only = [local_rank] if device.type == "cuda" else None
-        E_ddp, G_ddp = DDP(E, device_ids=only), DDP(G, device_ids=only)
+    only = [local_rank] if device.type == "cuda" else None
+    # A.4: gradients are reduced "only for the generator and the embedder"; D is each rank's own
+    E_ddp, G_ddp = (DDP(net, device_ids=only) if world > 1 else net for net in (E, G))
 
     # loop
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
@@ -299,8 +284,7 @@ def main():
         for step, (row, x, y, waited) in enumerate(batches(episodes, start, steps, device), start + 1):
             values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
             if config.ema:
-                decay = min(config.ema, step / (step + 10))     # the start is forgotten sooner
-                update_average(averages, (E, G), decay)
+                update_average(averages, (E, G), min(config.ema, step / (step + 10)))  # forgets its start
             stopping = any_rank([bool(signals.came)], world, device)[0]
             saving = step % args.save_every == 0 or step == steps or stopping
             weights = [*E.parameters(), *G.parameters(), *D.V.parameters()] if saving else []
@@ -319,9 +303,7 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if stopping and step < steps:
-        print(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume",
-              file=sys.stderr)
-        sys.exit(128 + (signals.came[0][0] if signals.came else signal.SIGTERM))
+        signals.leave(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,19 @@ COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", 
 
 
 # --------------------------------------------------------------------------------------------- the files
+
+def open_run(out, resume):
+    """Make the folder of a run. Returns the steps of the checkpoints there; UserError if they must not be."""
+    done = checkpoints(out)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts failed runs again
+    if done and not resume and not restarted:
+        raise UserError(f"{out} already holds {len(done)} checkpoints: add --resume, or name another --out")
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
+    return done
+
 
 def checkpoints(out):
     """Steps of the complete checkpoints in `out`, ascending."""
@@ -103,6 +117,15 @@ def read_step(out, step, config, run_id, rank, device):
 
 # --------------------------------------------------------------------------------------------- the ranks
 
+def find_ranks():
+    """-> rank, world and the rank on this machine, as torchrun sets them; 0, 1, 0 without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE={world} is set without what torchrun sets beside it: unset it, "
+                        "or start with torchrun")
+    return int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0))
+
+
 def join_ranks(backend, rank, world):
     """The process group, with keys of its own after each of torchrun's restarts.
 
@@ -159,6 +182,11 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.came.append((number, time.time()))
+
+    def leave(self, words):
+        """End the process as the signal would have, of which another rank may have been told alone."""
+        print(words, file=sys.stderr)
+        sys.exit(128 + (self.came[0][0] if self.came else signal.SIGTERM))
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
