@@ -1,4 +1,4 @@
-"""What a training run is made of, kept in its checkpoints: later stages ask nothing again."""
+"""What a training run is made of. Checkpoints hold it: later stages ask nothing, --resume compares."""
 from dataclasses import dataclass
 
 from files import UserError
@@ -6,7 +6,7 @@ from files import UserError
 
 @dataclass
 class Config:
-    """What later stages must know about a training run. Defaults: the paper's (Sec. 3.4, A.4)."""
+    """Defaults: the paper's (Sec. 3.4, A.4)."""
     image_size: int = 256       # S: a power of two, 64 to 512
     min_channels: int = 64
     max_channels: int = 512     # also N, the size of an embedding

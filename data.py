@@ -139,7 +139,8 @@ class PreparedVideos:
 class Episodes(torch.utils.data.Dataset):
     """Sec. 3.2: item n = step * slots + slot is an episode, a pure function of (seed, step, rank, slot).
 
-    So resuming is exact, and the order does not depend on the number of loader workers.
+    So resuming is exact, and the order does not depend on the number of loader workers. slots: how many of
+    a step's episodes are this rank's.
     Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
     """
 
@@ -173,6 +174,10 @@ class Episodes(torch.utils.data.Dataset):
         x, y = to_tensors(frames, points)
         return row, x, y
 
+    def video(self, row):
+        """The number of the video that this row of W belongs to."""
+        return row * self.world + self.rank
+
     def draw(self, rng, still):
         """K + 1 frames of a random sequence; one damaged file among many must not stop a training of days."""
         for attempt in range(100):
@@ -181,13 +186,14 @@ class Episodes(torch.utils.data.Dataset):
             else:
                 row = int(np.searchsorted(self.odds, rng.random(), side="right"))
             try:
-                i = row * self.world + self.rank
-                return row, *self.videos.load(i, lambda count: draw_frames(rng, count, self.K, still))
+                choose = lambda count: draw_frames(rng, count, self.K, still)
+                return row, *self.videos.load(self.video(row), choose)
             except UserError as e:
                 if row not in self.damaged:
                     warn(f"{e}. Another sample takes its place.")
                 self.damaged.add(row)
-        raise UserError(f"100 samples in a row could not be read; the last one: {self.videos.files[i]}")
+        last = self.videos.files[self.video(row)]
+        raise UserError(f"100 samples in a row could not be read; the last one: {last}")
 
 
 def draw_frames(rng, count, K, still=False):

@@ -73,7 +73,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 cnt = content(x_hat, x_t)
                 adv = adversarial_loss(fake_score)
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
-            loss = cnt + adv + fm if adversarial else cnt
+            loss = cnt + (adv + fm if adversarial else 0)                   # in brackets L'_ADV
             optimizer_G.zero_grad()
             loss.backward()
             optimizer_G.step()

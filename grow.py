@@ -97,8 +97,7 @@ def embed_rows(E, D, episodes):
     E.eval()
     for row in range(episodes.rows):
         try:
-            i = row * episodes.world + episodes.rank
-            frames, points = episodes.videos.load(i, lambda count: [0, count // 2])
+            frames, points = episodes.videos.load(episodes.video(row), lambda count: [0, count // 2])
         except UserError:
             continue    # a damaged file, of which Episodes warns
         x, y = (to_float(part, D.W.device) for part in to_tensors(frames, points))

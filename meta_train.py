@@ -6,7 +6,7 @@
 
 Writes to --out: step-N.pt (what finetune.py and infer.py read), step-N.rank-R.state (for --resume),
 log.csv and samples-N.png (rows of source, landmarks, target, result). The defaults are the paper's;
-its content loss needs --vgg19 and --vggface.
+its content loss needs --vgg19 and --vggface, without which it is another (losses.ContentLoss).
 """
 import copy
 import math
@@ -50,7 +50,8 @@ def make_optimizers(E, G, D, config):
 def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
     """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first.
 
-    match_weight: of L_MCH; 0 for the FF variant. Returns what is logged, resume.COLUMNS[1:8].
+    match_weight: of L_MCH; 0 for the FF variant. content: a ContentLoss.
+    Returns what is logged, resume.COLUMNS[1:8]; mch without its weight.
     """
     optimizer_EG, optimizer_D, optimizer_W = optimizers
     x_t, y_t = x[:, 0], y[:, 0]                                 # (B, 3, S, S)
@@ -61,7 +62,8 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
     with autocast(x.device):
         e = E(x_s.flatten(0, 1), y_s.flatten(0, 1))             # (B K, N)
         e = e.unflatten(0, x_s.shape[:2])                       # (B, K, N)
-        x_hat = G(y_t, e.mean(dim=1)).float()                   # eq. 1 and 2: (B, 3, S, S)
+        e_hat = e.mean(dim=1)                                   # eq. 1: (B, N)
+        x_hat = G(y_t, e_hat).float()                           # eq. 2: (B, 3, S, S)
         w_i = D.rows(row)                                       # (B, N)
         fake_score, fake_features = D(x_hat, y_t, w_i + D.w0)   # eq. 5
         with torch.no_grad():
@@ -70,7 +72,7 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
         adv = adversarial_loss(fake_score)
         fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
         mch = match_loss(e, w_i)
-    loss = cnt + adv + fm + match_weight * mch
+    loss = cnt + (adv + fm) + match_weight * mch                # eq. 3; in brackets L_ADV, eq. 4
     optimizer_EG.zero_grad()
     loss.backward()
     optimizer_EG.step()
@@ -284,7 +286,7 @@ def main():
         for step, (row, x, y, waited) in enumerate(batches(episodes, start, steps, device), start + 1):
             values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
             if config.ema:
-                update_average(averages, (E, G), min(config.ema, step / (step + 10)))  # forgets its start
+                update_average(averages, (E, G), min(config.ema, step / (step + 10)))  # its start fades
             stopping = any_rank([bool(signals.came)], world, device)[0]
             saving = step % args.save_every == 0 or step == steps or stopping
             weights = [*E.parameters(), *G.parameters(), *D.V.parameters()] if saving else []

@@ -1,11 +1,11 @@
 """The three networks of "Few-Shot Adversarial Learning of Realistic Neural Talking Head Models".
 
-    e_hat = E(x, y)        the embedder:      a frame and its landmarks -> a person     (eq. 1)
+    e_hat = E(x, y)        the embedder:      a frame and its landmarks -> a person     (Sec. 3.1)
     x_hat = G(y, e_hat)    the generator:     landmarks and a person -> a frame         (eq. 2)
     r     = D(x, y, w)     the discriminator: is x a real frame of this person and pose?  (eq. 5, 8)
 
-Images are float tensors (B, 3, S, S) in [-1, 1]: x is a frame, y its landmarks drawn as lines. At the
-paper's 256 pixels, to which numbers in comments belong, E has 15, G 38 and D's V 20 million parameters.
+Images are (B, 3, S, S) in [-1, 1]: x is a frame, y its landmarks drawn as lines. Numbers in comments are of
+the paper's 256 pixels: E has 15, G 38 and D's V 20 million parameters.
 """
 import math
 import warnings
@@ -32,7 +32,6 @@ def conv(c_in, c_out, size):
 
 class SelfAttention(nn.Module):
     """SAGAN's self-attention [44] in BigGAN's form [6]; gamma = 0 at first: the identity."""
-
     def __init__(self, c):
         super().__init__()
         self.query, self.key = conv(c, c // 8, 1), conv(c, c // 8, 1)
@@ -112,10 +111,11 @@ class AdaBlock(nn.Module):
         return h + x                                            # (B, C_out, 2H, 2W)
 
 
-def upsample_conv(h, conv):
-    """conv(nearest upsampling of h by 2), as one transposed convolution: for 16/36 of the work."""
-    k = conv.weight if conv.weight.shape[-1] == 4 else transposed_kernel(conv.weight)
-    return F.conv_transpose2d(h, k, conv.bias, stride=2, padding=1)  # (B, C_out, 2H, 2W)
+def upsample_conv(h, layer):
+    """layer(nearest upsampling of h by 2), as one transposed convolution: for 16/36 of the work."""
+    k = layer.weight    # read once: spectral normalisation works at each look; 4x4 if folded
+    k = transposed_kernel(k) if k.shape[-1] == 3 else k
+    return F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)  # (B, C_out, 2H, 2W)
 
 
 def transposed_kernel(weight):
@@ -187,8 +187,8 @@ class Generator(nn.Module):
 
         self.attention_down_after = int(math.log2(size // 32))  # in the encoder at 32x32
         self.attention_down = SelfAttention(down[self.attention_down_after])
-        place, bottom = min(64, max(32, size // 4)), size >> len(self.down)     # in the decoder at 64x64
-        self.attention_up_after = int(math.log2(place // bottom))
+        high = 64 if size >= 256 else 32                        # in the decoder at 64x64
+        self.attention_up_after = len(self.down) - int(math.log2(size // high))
         self.attention_up = SelfAttention(up[self.attention_up_after])
 
         # One linear layer for every gamma and beta (A.4). With a bias, as linear layers have:
@@ -228,8 +228,8 @@ class Generator(nn.Module):
         for module in list(self.modules()):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        for conv in (block.conv1 for block in self.up if block.conv1.weight.shape[-1] == 3):
-            conv.weight = nn.Parameter(transposed_kernel(conv.weight.detach()))
+        for layer in (block.conv1 for block in self.up if block.conv1.weight.shape[-1] == 3):
+            layer.weight = nn.Parameter(transposed_kernel(layer.weight.detach()))
         return self
 
 
@@ -300,7 +300,7 @@ def load_checkpoint(path, device="cpu", kind="meta"):
     except TypeError as e:
         raise UserError(f"{path} has a config that this code does not know: {e}") from None
     if kind == "meta" and "G.P.bias" not in state:      # from before P had one
-        state["G.P.bias"] = torch.zeros(sum(Generator(state["config"]).psi_sizes), device=device)
+        state["G.P.bias"] = state["w0"].new_zeros(len(state["G.P.parametrizations.weight.original"]))
     return state
 
 

@@ -88,8 +88,8 @@ def flops(function):
     return counter.get_total_flops()
 
 
-def upconv_saves(G):
-    """Operations per 256-pixel frame that a folded UpConv does not do: 4 of 9 products remain at every pixel of its output."""
+def upsample_conv_saves(G):
+    """Operations per 256-pixel frame that a folded model.upsample_conv does not do: 4 of 9 products remain at every pixel of its output."""
     widths = [[size // 2 for size in block.psi_sizes] for block in G.up]
     return sum(2 * (9 - 4) * c_in * c_out * (16 << k) ** 2 for k, (c_in, c_out) in enumerate(widths, 1))
 
@@ -109,7 +109,7 @@ def generator():
         G.fold()
         difference = (G.render(y, psi) - before).abs().max().item()
         done = flops(lambda: G.render(y, psi))
-        work = done + upconv_saves(G)
+        work = done + upsample_conv_saves(G)
         last = Generator(Config()).to(DEVICE).fold().to(memory_format=torch.channels_last)
         runs = {}
         for name, net in (("contiguous", G), ("channels_last", last)):
@@ -119,7 +119,7 @@ def generator():
         rates = {"float32": 2 * 2048 ** 3, "bfloat16": 2 * 2048 ** 3}
         times = best(runs | {"float32": matmul(torch.float32), "bfloat16": matmul(torch.bfloat16)})
     print(f"generator, 256 pixels, one frame: {work / 2e9:.1f} GMAC as the paper's layers are, on which the shares are based; "
-          f"{done / 2e9:.1f} are done (UpConv)\nfolding changes the picture by at most {difference:.1e}")
+          f"{done / 2e9:.1f} are done (upsample_conv)\nfolding changes the picture by at most {difference:.1e}")
     row("", "ms a frame", "GFLOP/s", "share")
     row("float32 unfolded", f"{unfolded * 1e3:.0f}")
     for name in runs:

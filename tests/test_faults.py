@@ -498,7 +498,7 @@ def test_frames_are_rendered_as_they_are_asked_for(monkeypatch):
 
 
 def test_long_training_does_not_grow(slow, tmp_path):
-    times, used, _ = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "150", "--save-every", "10000", "--out", "run", cwd=tmp_path)
+    times, used, _ = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "60", "--save-every", "10000", "--out", "run", cwd=tmp_path)
     quarter = len(used) // 4
     early, late = np.median(used[2 * quarter:3 * quarter]), np.median(used[3 * quarter:-5])
     print(f"memory in the third quarter {early / 1e6:.0f} MB, in the last {late / 1e6:.0f} MB")

@@ -42,7 +42,7 @@ def test_only_the_last_two_checkpoints_stay_and_only_the_same_run_resumes(tmp_pa
 
 
 def test_training_learns_on_toy_heads(tmp_path):
-    succeed("meta_train.py", *TINY_FLAGS, "--steps", 80, "--save-every", 10, "--lr", 2e-3, "--batch", 4, "--out", "run", cwd=tmp_path)
+    succeed("meta_train.py", *TINY_FLAGS, "--steps", 50, "--save-every", 10, "--lr", 2e-3, "--batch", 4, "--out", "run", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
     assert float(rows[-1]["cnt"]) < 0.9 * float(rows[0]["cnt"])
 
