@@ -15,7 +15,7 @@ import numpy as np
 from data import PreparedVideos
 from face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings,
                     project, rotation, shapes)
-from faces import face_box
+from faces import face_box, shots
 from files import UserError, atomic, check_paths, make_parser, run, warn
 
 CLIP = 4                            # the frames of a clip are worth so many independent photos
@@ -103,13 +103,6 @@ def smooth(values, seconds, sigma, width, together):
     return result
 
 
-def shots(points):
-    """The number of each frame's shot, (n, 68, 2) -> (n,): the face jumps, as in faces.steady_boxes."""
-    boxes = face_box(points)
-    moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
-    return np.cumsum(moves > boxes[:, 2])
-
-
 # --------------------------------------------------------------------------------------------- motion
 
 def adapt(track, source, motion, size, face):
@@ -123,7 +116,7 @@ def adapt(track, source, motion, size, face):
     points, found = track.in_crops(size), track.found
     if motion == "paper":
         return points
-    driver = steady(fit(points, face), track.seconds(), shots(track.points), found)
+    driver = steady(fit(points, face), track.seconds(), shots(face_box(track.points)), found)
     neutral_pose, neutral_z, neutral_opening = (np.median(part[found], axis=0) for part in driver[:3])
     opening = take_over(driver.opening, neutral_opening, source, face)
 
@@ -192,7 +185,7 @@ def read_people(folder, most=32):
     videos, people = PreparedVideos(folder), []
     for i in range(len(videos)):
         try:
-            points = videos._open(i)["landmarks"].numpy()
+            points = videos.landmarks(i)
         except UserError as e:
             warn(e)
             continue

@@ -116,6 +116,10 @@ class PreparedVideos:
             warn(e)
             return 0
 
+    def landmarks(self, i):
+        """Of all frames of sequence i: (n, 68, 2), in pixels of its stored size. UserError if damaged."""
+        return self._open(i)["landmarks"].numpy()
+
     def load(self, i, choose):
         """choose(count) -> frame numbers. Returns frames uint8 (k, S, S, 3), landmarks (k, 68, 2)."""
         sequence, S = self._open(i), self.image_size

@@ -263,14 +263,19 @@ def steady_boxes(points, times):
     Nothing is averaged across a cut, where the face jumps.
     """
     boxes = face_box(points)
-    moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
-    shot = np.cumsum(moves > boxes[:, 2])
+    shot = shots(boxes)
     result = np.empty_like(boxes)
     for k, t in enumerate(times):
         a, b = np.searchsorted(times, [t - 3, t + 3])
         weight = np.exp(-0.5 * (times[a:b] - t) ** 2) * (shot[a:b] == shot[k])
         result[k] = weight @ boxes[a:b] / weight.sum()
     return result
+
+
+def shots(boxes):
+    """The number of each frame's shot: boxes (n, 3) of face_box -> (n,). After a cut the face jumps."""
+    moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
+    return np.cumsum(moves > boxes[:, 2])
 
 
 def inside(box, image):

@@ -148,7 +148,7 @@ def test_covariances_of_known_people():
 
 def smoothed(bundled, points, found=None, rate=25):
     t = track(points, found, rate)
-    return adapt.steady(face3d.fit(points, bundled), t.seconds(), adapt.shots(t.points), t.found)
+    return adapt.steady(face3d.fit(points, bundled), t.seconds(), adapt.shots(face_box(t.points)), t.found)
 
 
 @pytest.mark.parametrize("rate", [25, 50])
@@ -182,7 +182,7 @@ def test_nothing_is_smoothed_across_a_cut_and_no_face_has_no_vote(bundled):
     found = np.ones(40, bool)
     found[30:33], points[30:33] = False, points[20] + 40                    # a wrong bundled, which nobody may see
     result = smoothed(bundled, points, found)
-    assert (adapt.shots(points) == np.repeat([0, 1], 20)).all()
+    assert (adapt.shots(face_box(points)) == np.repeat([0, 1], 20)).all()
     assert np.abs(result.pose[19] - result.pose[:20].mean(0))[4:].max() < 1
     assert np.abs(result.pose[20:] - result.pose[20:].mean(0))[:, 4:].max() < 1
 
