@@ -40,6 +40,7 @@ class Detector:
     Build it once: that takes a second or more.
     """
 
+    kind = ""           # fan | dlib: landmarks of one kind are not those of the other
     sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
 
     def __call__(self, image):
@@ -73,6 +74,7 @@ def dlib_model(name):
 
 
 class DlibDetector(Detector):
+    kind = "dlib"
     sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick: first
 
     def __init__(self):
@@ -102,6 +104,8 @@ class DlibDetector(Detector):
 
 
 class FanDetector(Detector):
+    kind = "fan"
+
     def __init__(self):
         import face_alignment
         download_fan_weights()

@@ -19,11 +19,10 @@ from files import UserError, check_paths, make_parser, run, warn
 from gather import faces_in
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
                     hinge_loss)
-from metrics import dlib_recognition
+from metrics import STRANGERS, dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
-STRANGERS = 0.45        # between dlib's vectors of two 64-pixel faces: most people are farther apart
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 
@@ -119,7 +118,7 @@ def load_parts(paths, config, detect, max_frames=32):
     parts, problems = [], []
     for path in paths:
         try:
-            faces = faces_in(path, detect, config.landmarks, config.image_size, max_frames)
+            faces = faces_in(path, detect, config.image_size, max_frames)
             frames, points, _ = zip(*faces)
             parts.append((np.stack(frames), np.stack(points)))
         except UserError as e:
@@ -135,7 +134,7 @@ def warn_of_several_people(paths, faces):
     """faces: the first (crop, points) of each path. By the recognition network that CSIM uses."""
     vector = dlib_recognition()
     first, *others = (vector(*face) for face in faces)
-    strangers = [path for path, v in zip(paths[1:], others) if np.linalg.norm(v - first) > STRANGERS]
+    strangers = [path for path, v in zip(paths[1:], others) if v @ first < STRANGERS]
     if strangers:
         names = ", ".join(map(str, strangers))
         warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
@@ -146,11 +145,6 @@ def to_faces(parts):
     frames, points = zip(*parts)
     x, y = to_tensors(np.concatenate(frames), np.concatenate(points))
     return to_float(x), to_float(y)
-
-
-def load_faces(paths, config, detect):
-    """Photos and clips -> x, y float (T, 3, S, S) in [-1, 1]. UserError where one shows no face."""
-    return to_faces(load_parts(paths, config, detect))
 
 
 def add_content_flags(parser):
@@ -177,7 +171,7 @@ def load_for_finetuning(path, device, random=None):
 def learn_person(state, x, y, content, epochs, device, **switches):
     """A loaded checkpoint and T faces -> what a person file holds: config, G, psi', source.
 
-    x, y: (T, 3, S, S) of load_faces.  epochs=0: feed-forward, content unused.  switches: of finetune().
+    x, y: (T, 3, S, S) of to_faces.  epochs=0: feed-forward, content unused.  switches: of finetune().
     G: folded and without P.  source: (3, S, S), the first face.
     """
     E, G, D = load_networks(state)

@@ -116,7 +116,7 @@ def words_on_unused(others, passed, empty):
 
 # --------------------------------------------------------------------------------------------- faces
 
-def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
+def faces_in(path, detect, size, max_frames=0, complain=warn):
     """Yield (crop uint8 (size, size, 3), points (68, 2) in it, seconds) of a photo, or of a clip's frames
     with a face. seconds: the frame's time in its clip, 0 for a photo.
 
@@ -124,7 +124,7 @@ def faces_in(path, detect, detector, size, max_frames=0, complain=warn):
     complain(line) is told which of several faces was taken, and what was turned.
     """
     if Path(path).suffix.lower() in CLIPS:
-        yield from faces_in_clip(path, detect, detector, size, max_frames, complain)
+        yield from faces_in_clip(path, detect, size, max_frames, complain)
     else:
         yield face_in_photo(path, detect, size, complain)
 
@@ -146,11 +146,11 @@ def face_in_photo(path, detect, size, complain):
     return crop(image, box, size), to_crop(points, box, size), 0.0
 
 
-def faces_in_clip(path, detect, detector, size, max_frames, complain):
+def faces_in_clip(path, detect, size, max_frames, complain):
     """Yield (crop, points, seconds), as above."""
     count = count_frames(path) if max_frames else 0
     chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
-    track = track_video(path, detect, detector, lambda k: k in chosen, complain=complain)
+    track = track_video(path, detect, lambda k: k in chosen, complain=complain)
     times = track.seconds()
     boxes = steady_boxes(track.points, times)
     kept = (frame for k, frame in enumerate(read_video(path, lambda line: None)) if k in chosen)
@@ -172,14 +172,14 @@ def _start_worker(kind):
     _detect = landmark_detector(kind)
 
 
-def _prepare(files, out, kind, size, max_frames):
+def _prepare(files, out, size, max_frames):
     """One sequence -> one file. Returns (frames stored, [what could not be used])."""
     files = evenly(files, max_frames or len(files))
     jpegs, landmarks, numbers, times, problems = [], [], [], [], []
     for number, file in enumerate(files):
         try:
             share = max_frames // len(files)
-            for face, points, seconds in faces_in(file, _detect, kind, size, share, problems.append):
+            for face, points, seconds in faces_in(file, _detect, size, share, problems.append):
                 buffer = io.BytesIO()
                 Image.fromarray(face).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
@@ -195,7 +195,8 @@ def _prepare(files, out, kind, size, max_frames):
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
     times = torch.tensor(times, dtype=torch.float64)
     save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.stack(landmarks),
-                  "file": torch.tensor(numbers), "seconds": times, "image_size": size, "detector": kind}, out)
+                  "file": torch.tensor(numbers), "seconds": times, "image_size": size,
+                  "detector": _detect.kind}, out)
     return len(jpegs), problems
 
 
@@ -212,7 +213,7 @@ def prepare(videos, out, kind, size, max_frames, workers):
     # the work
     done, frames, stop = 0, 0, None
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (kind,)) as pool:
-        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", kind, size, max_frames)
+        jobs = [pool.submit(_prepare, files, f"{out}/{name}.pt", size, max_frames)
                 for name, files in todo.items()]
         try:
             for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):

@@ -24,12 +24,10 @@ from faces import crop, face_box, landmark_detector, to_crop
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning, load_parts, save_person, to_faces)
-from metrics import dlib_recognition
+from metrics import SAME, dlib_recognition
 from model import load_checkpoint, load_person
 from sound import usable_sound
 from video import SUFFIXES, load_track, read_video, save_track, to_rgb, track_video, write_video
-
-SAME = 0.92     # cosine by dlib's recognition: most photos of one person are nearer, 1 in 500 strangers
 
 
 @torch.inference_mode()
@@ -59,7 +57,7 @@ def read_driver(path, config, detect):
             warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with "
                  f"{config.landmarks}")
     else:
-        track = track_video(path, detect, config.landmarks, progress=True)
+        track = track_video(path, detect, progress=True)
     missed = len(track.found) - int(track.found.sum())
     if missed:
         print(f"no face in {missed} of {len(track.found)} frames of {path}: "

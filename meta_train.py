@@ -29,8 +29,8 @@ from grow import grow
 from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
                     match_loss)
 from model import Discriminator, Embedder, Generator
-from resume import (Log, Signals, any_rank, check_finite, clear, find_ranks, join_ranks, open_run,
-                    restore, save_step, worker_signals)
+from resume import (Log, Signals, Training, any_rank, check_finite, clear, find_ranks, join_ranks,
+                    open_run, restore, save_step, worker_signals)
 from toy import ToyHeads
 
 LOG_EVERY = 50
@@ -266,7 +266,8 @@ def main():
     averages = (copy.deepcopy(E), copy.deepcopy(G)) if config.ema else (E, G)
 
     # resume
-    start = restore(args.out, config, run_id, (E, G, D), averages, optimizers, rank, world, device)
+    training = Training(args.out, config, run_id, (E, G, D), averages, optimizers, rank, world, device)
+    start = restore(training)
     if start >= steps:
         print(f"{args.out} is finished: step {start} of {steps}")
         return dist.destroy_process_group() if world > 1 else None
@@ -298,7 +299,7 @@ def main():
             if saving:
                 if rank == 0:
                     sample_grid(f"{args.out}/samples-{step}.png", *averages, examples, device)
-                save_step(args.out, step, config, run_id, (E, G, D), averages, optimizers, rank, world)
+                save_step(training, step)
             if stopping:
                 break
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,19 @@ from files import UserError, atomic, save_tensors, warn
 from model import load_checkpoint, save_checkpoint
 
 COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
+
+
+class Training(NamedTuple):
+    """What one rank saves, and finds again."""
+    out: str            # the run's folder
+    config: object
+    run_id: dict        # plain values that name the run
+    nets: tuple         # E, G, D
+    averages: tuple     # of E and G: what checkpoints hold
+    optimizers: list
+    rank: int
+    world: int
+    device: object
 
 
 # --------------------------------------------------------------------------------------------- the files
@@ -49,58 +63,59 @@ def clear(out, keep):
                 file.unlink()
 
 
-def save_step(out, step, config, run_id, nets, averages, optimizers, rank, world):
-    """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept.
-
-    nets: E, G, D.  averages: what the checkpoint holds of E and G.  run_id: plain values that name the run.
-    """
-    E, G, D = nets
-    state = {"run": run_id, "D": D.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    if config.ema:
+def save_step(training, step):
+    """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
+    out, rank, world = training.out, training.rank, training.world
+    E, G, D = training.nets
+    state = {"run": training.run_id, "D": D.state_dict(),
+             "optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
+    if training.config.ema:
         state["nets"] = [E.state_dict(), G.state_dict()]
     save_tensors(state, f"{out}/step-{step}.rank-{rank}.state")
     if world > 1:
         dist.barrier()
     if rank == 0:
-        parts = {"E": averages[0], "G": averages[1], "V": D.V, "w0": D.w0, "b": D.b}
-        save_checkpoint(f"{out}/step-{step}.pt", "meta", config, step, **parts)
+        average_E, average_G = training.averages
+        parts = {"E": average_E, "G": average_G, "V": D.V, "w0": D.w0, "b": D.b}
+        save_checkpoint(f"{out}/step-{step}.pt", "meta", training.config, step, **parts)
         clear(out, keep=checkpoints(out)[-2:])
     if world > 1:
         dist.barrier()      # nobody leaves before the checkpoint is there
 
 
-def restore(out, config, run_id, nets, averages, optimizers, rank, world, device):
+def restore(training):
     """Fill networks and optimizers from the newest step that every rank can read. Returns the step, or 0."""
-    step, ckpt, state = newest_step(out, config, run_id, rank, world, device)
+    step, ckpt, state = newest_step(training)
     if not step:
         return 0
-    (E, G, D), (average_E, average_G) = nets, averages
+    (E, G, D), (average_E, average_G) = training.nets, training.averages
     average_E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
     average_G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
-    if config.ema:  # the checkpoint has the averages, the state the networks themselves
+    if training.config.ema:  # the checkpoint has the averages, the state the networks themselves
         E.load_state_dict(state["nets"][0])
         G.load_state_dict(state["nets"][1])
     D.load_state_dict(state["D"])
-    for optimizer, was in zip(optimizers, state["optimizers"]):
+    for optimizer, was in zip(training.optimizers, state["optimizers"]):
         optimizer.load_state_dict(was)
     return step
 
 
-def newest_step(out, config, run_id, rank, world, device):
+def newest_step(training):
     """(step, checkpoint, state) of the newest step that every rank can read; (0, None, None) without one."""
-    steps = checkpoints(out)
+    steps = checkpoints(training.out)
     for step in reversed(steps):
-        saved = read_step(out, step, config, run_id, rank, device)
-        if not any_rank([saved is None], world, device)[0]:
+        saved = read_step(training, step)
+        if not any_rank([saved is None], training.world, training.device)[0]:
             return step, *saved
     if steps:
-        raise UserError(f"none of the checkpoints in {out} can be read: name another --out to start anew")
+        raise UserError(f"none of the checkpoints in {training.out} can be read: "
+                        "name another --out to start anew")
     return 0, None, None
 
 
-def read_step(out, step, config, run_id, rank, device):
+def read_step(training, step):
     """The two files of a complete step, None if one is damaged. UserError if they are of another run."""
-    path = f"{out}/step-{step}"
+    path, rank, device = f"{training.out}/step-{step}", training.rank, training.device
     try:
         ckpt = load_checkpoint(f"{path}.pt", device)
         state = torch.load(f"{path}.rank-{rank}.state", map_location=device, weights_only=True)
@@ -108,10 +123,11 @@ def read_step(out, step, config, run_id, rank, device):
         reason = e if isinstance(e, UserError) else f"{path}.rank-{rank}.state is damaged"
         warn(f"step {step} cannot be resumed by rank {rank}: {reason}")
         return None
-    was, now = vars(ckpt["config"]) | state["run"], vars(config) | run_id
+    was = vars(ckpt["config"]) | state["run"]
+    now = vars(training.config) | training.run_id
     changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
-        raise UserError(f"{out} cannot be resumed: {'; '.join(changed)}")
+        raise UserError(f"{training.out} cannot be resumed: {'; '.join(changed)}")
     return ckpt, state
 
 

@@ -1,6 +1,6 @@
 """Videos: following a face through them, and writing an mp4 with the driver's sound.
 
-    track = track_video("v.mp4", landmark_detector("dlib"), "dlib")     # the landmarks of every frame
+    track = track_video("v.mp4", landmark_detector("dlib"))     # the landmarks of every frame
     write_video("result.mp4", frames, track.pts, track.time_base, sound_from="v.mp4")
 """
 import math
@@ -171,17 +171,17 @@ def is_near(face, last):
     return distance < 0.7 * last.width() and 0.5 < face.width() / last.width() < 2
 
 
-def track_video(path, detect, detector, keep=lambda k: True, progress=False, complain=warn):
+def track_video(path, detect, keep=lambda k: True, progress=False, complain=warn):
     """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them.
 
-    detect: a faces.Detector of the kind `detector`.  complain(line) is told what is not as it should be.
+    detect: a faces.Detector.  complain(line) is told what is not as it should be.
     """
     follower = Follower(detect)
-    track = follow_face(path, follower, detector, keep, progress, complain)
+    track = follow_face(path, follower, keep, progress, complain)
     turns = int(np.argmax(follower.turned))
     if follower.turned[turns] and track.found.mean() < 0.1:     # it lies on its side: once more, upright
         again = Follower(detect, turns)
-        turned = follow_face(path, again, detector, keep, progress, lambda line: None)
+        turned = follow_face(path, again, keep, progress, lambda line: None)
         if turned.found.sum() > track.found.sum():
             follower, track = again, turned
             complain(f"{path} {TURNED[turns]}")
@@ -194,7 +194,7 @@ def track_video(path, detect, detector, keep=lambda k: True, progress=False, com
     return track._replace(points=track.points[before])
 
 
-def follow_face(path, follower, detector, keep, progress, complain):
+def follow_face(path, follower, keep, progress, complain):
     """-> Track whose points are 0 where no face was found."""
     points, found, pts = array("f"), array("b"), array("q")     # an object a frame would fragment memory
     frames = read_video(path, complain)
@@ -213,7 +213,8 @@ def follow_face(path, follower, detector, keep, progress, complain):
         pts.append(frame.pts)
     base = np.array([frame.time_base.numerator, frame.time_base.denominator], np.int64)
     points = np.frombuffer(points, np.float32).reshape(-1, 68, 2)
-    return Track(points, np.array(found, bool), np.array(pts, np.int64), base, detector, follower.turns)
+    found, pts = np.array(found, bool), np.array(pts, np.int64)
+    return Track(points, found, pts, base, follower.detector.kind, follower.turns)
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -197,7 +197,7 @@ def data_():
         clip(f"{folder}/a.mp4", 100, 224)
         alone = lambda: [detect(video.to_rgb(f)) for f in video.read_video(f"{folder}/a.mp4")]
         gather._detect = detect
-        whole = lambda: gather._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", "dlib", 256, 0)
+        whole = lambda: gather._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
         times = best({"alone": alone, "whole": whole}, 3)
         print("data, one core")
         row("decoding and detection alone, 224 pixels", f"{100 / times['alone']:.0f} frames/s")
@@ -229,17 +229,17 @@ def infer():
     detect, S = faces.landmark_detector("dlib"), config.image_size
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/short.mp4", 150), clip(f"{folder}/long.mp4", 1500)
-        x, y = stage2.load_faces([ROOT / "assets/astronaut.jpg"], config, detect)
+        x, y = stage2.to_faces(stage2.load_parts([ROOT / "assets/astronaut.jpg"], config, detect))
         _, G, psi, source = person = stage2.learn_person(state, x, y, None, 0, DEVICE)
         stage2.save_person(f"{folder}/p.pt", *person)
         frames = [np.zeros((S, S, 3), np.uint8)] * 150
-        track = video.track_video(f"{folder}/short.mp4", detect, "dlib")
+        track = video.track_video(f"{folder}/short.mp4", detect)
         points = track.in_crops(S)
         command = [sys.executable, str(ROOT / "infer.py"), "--person", f"{folder}/p.pt", "--out", f"{folder}/o.mp4", "--driver"]
         quiet = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def whole():
-            track = video.track_video(f"{folder}/short.mp4", detect, "dlib")
+            track = video.track_video(f"{folder}/short.mp4", detect)
             video.write_video(f"{folder}/o.mp4", stage3.render(G, psi, track.in_crops(S), S), track.pts, track.time_base)
         times = best({
             "decoding": lambda: [video.to_rgb(f) for f in video.read_video(f"{folder}/short.mp4")],

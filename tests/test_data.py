@@ -79,8 +79,8 @@ def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, 
     frame = face[:200, :240]
     Image.fromarray(frame).save(tmp_path / "a.png")
     write_clip(tmp_path / "a.mp4", [frame] * 5, np.arange(5) * 512, sound=False)
-    (photo, points, _), = gather.faces_in(tmp_path / "a.png", detect, "dlib", 128)
-    frames = list(gather.faces_in(tmp_path / "a.mp4", detect, "dlib", 128))
+    (photo, points, _), = gather.faces_in(tmp_path / "a.png", detect, 128)
+    frames = list(gather.faces_in(tmp_path / "a.mp4", detect, 128))
     assert len(frames) == 5
     for picture, p, _ in frames:
         assert np.abs(picture.astype(int) - photo).mean() < 4 and np.abs(p - points).max() < 2
@@ -176,8 +176,8 @@ def test_the_result_is_not_taken_for_videos(tmp_path):
 
 
 def test_max_frames_are_spread_evenly(clip, detect):
-    few = list(gather.faces_in(clip, detect, "dlib", 64, 3))
-    every = list(gather.faces_in(clip, detect, "dlib", 64))
+    few = list(gather.faces_in(clip, detect, 64, 3))
+    every = list(gather.faces_in(clip, detect, 64))
     assert len(few) == 3 and len(every) == 18
     assert [face[2] for face in few] == pytest.approx([0, 0.4, 0.94], abs=0.07)
     assert np.abs(few[-1][1] - every[-1][1]).max() < 1                          # the last frame is among them

@@ -150,10 +150,10 @@ def test_which_face_and_the_words_on_it():
 def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
     said = []
     Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
-    (_, points, _), = gather.faces_in(tmp_path / "two.png", detect, "dlib", 128, complain=said.append)
+    (_, points, _), = gather.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
     assert len(said) == 1 and "2 faces in" in said[0] and "on the left" in said[0]
     said.clear()
-    list(gather.faces_in(PHOTO, detect, "dlib", 128, complain=said.append))
+    list(gather.faces_in(PHOTO, detect, 128, complain=said.append))
     assert said == []
 
 
@@ -176,15 +176,15 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
     said = []
     Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
     Image.fromarray(face).save(tmp_path / "upright.png")
-    (lying, points, _), = gather.faces_in(tmp_path / "lying.png", detect, "dlib", 128, complain=said.append)
-    (upright, expected, _), = gather.faces_in(tmp_path / "upright.png", detect, "dlib", 128)
+    (lying, points, _), = gather.faces_in(tmp_path / "lying.png", detect, 128, complain=said.append)
+    (upright, expected, _), = gather.faces_in(tmp_path / "upright.png", detect, 128)
     assert words in said[0] and points == pytest.approx(expected, abs=1e-3) and np.array_equal(lying, upright)
 
 
 def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
     with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
-        list(gather.faces_in(tmp_path / "dark.png", detect, "dlib", 128))
+        list(gather.faces_in(tmp_path / "dark.png", detect, 128))
 
 
 def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
@@ -193,16 +193,16 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
     (tmp_path / "c.jpg").write_text("no picture")
     config = Config(64, landmarks="dlib")
     with pytest.raises(UserError) as e:
-        finetune.load_faces([tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"], config, detect)
+        finetune.load_parts([tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"], config, detect)
     assert all(name in str(e.value) for name in ("a.png", "b.png", "c.jpg")) and "\n" not in str(e.value)
 
 
 def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
     config = Config(64, landmarks="dlib")
     Image.fromarray(face).save(tmp_path / "her.png")
-    assert len(finetune.load_faces([PHOTO, tmp_path / "her.png"], config, detect)[0]) == 2
+    assert len(finetune.load_parts([PHOTO, tmp_path / "her.png"], config, detect)) == 2
     assert capsys.readouterr().err == ""
-    finetune.load_faces([PHOTO, PHOTO.with_name("mona_lisa.jpg")], config, detect)
+    finetune.load_parts([PHOTO, PHOTO.with_name("mona_lisa.jpg")], config, detect)
     assert "mona_lisa.jpg may show somebody else" in capsys.readouterr().err
 
 

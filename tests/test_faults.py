@@ -383,8 +383,8 @@ from model import load_checkpoint, load_networks
 torch.set_num_threads(1)
 detect = landmark_detector("dlib")
 read = {
-    ".jpg": lambda p: list(faces_in(p, detect, "dlib", 64)), ".png": lambda p: list(faces_in(p, detect, "dlib", 64)),
-    ".mp4": lambda p: track_video(p, detect, "dlib", complain=lambda m: None),
+    ".jpg": lambda p: list(faces_in(p, detect, 64)), ".png": lambda p: list(faces_in(p, detect, 64)),
+    ".mp4": lambda p: track_video(p, detect, complain=lambda m: None),
     ".npz": lambda p: load_track(p).in_crops(64), ".mat": read_matconvnet, ".pt": lambda p: load_networks(load_checkpoint(p)),
 }
 seeds, rng, slowest, used = sorted(Path("seeds").iterdir()), random.Random(0), 0, 0

@@ -95,7 +95,7 @@ def test_rotation_metadata_is_honoured(tmp_path):
 
 
 def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
-    track = video.track_video(clip, detect, "dlib")
+    track = video.track_video(clip, detect)
     assert len(track.pts) == 20 and np.flatnonzero(~track.found).tolist() == [7, 8]
     assert (track.points[7] == track.points[6]).all() and (track.points[8] == track.points[6]).all()
     video.save_track(tmp_path / "t.npz", track)
@@ -208,7 +208,7 @@ def test_what_an_edit_list_cuts_off_is_not_counted(tmp_path, face, detect, capsy
         assert container.streams.video[0].frames == 40                          # they are stored
     assert media.count_frames(tmp_path / "cut.mp4") == 10
     assert len(list(media.read_video(tmp_path / "cut.mp4"))) == 10 and capsys.readouterr().err == ""
-    assert len(list(gather.faces_in(tmp_path / "cut.mp4", detect, "dlib", 64, 5))) == 5
+    assert len(list(gather.faces_in(tmp_path / "cut.mp4", detect, 64, 5))) == 5
 
 
 def box(name, body):
@@ -286,12 +286,12 @@ def test_the_track_keeps_to_one_of_two_people(tmp_path, face, detect):
     said = []
     hidden = range(20, 30)                                                      # 0.4 s: to be waited for
     write_clip(tmp_path / "two.mp4", two_people(face, 50, hidden), np.arange(50) * 512, sound=False)
-    track = video.track_video(tmp_path / "two.mp4", detect, "dlib", complain=said.append)
+    track = video.track_video(tmp_path / "two.mp4", detect, complain=said.append)
     first = side(track)[0]
     assert (side(track) == first).all()
     assert track.found.sum() >= (50 if first else 38)
     assert len(said) == 1 and "show others too" in said[0] and ("left", "right")[first] in said[0]
-    prepared = list(gather.faces_in(tmp_path / "two.mp4", detect, "dlib", 64, complain=said.append))
+    prepared = list(gather.faces_in(tmp_path / "two.mp4", detect, 64, complain=said.append))
     assert len(prepared) == track.found.sum()
 
 
@@ -301,7 +301,7 @@ def test_another_is_chosen_after_a_second_without_the_first(tmp_path, face, dete
         frame[:, 240:] = 128                                                    # at first there is only the left one
     write_clip(tmp_path / "two.mp4", frames, np.arange(70) * 512, sound=False)
     follower = video.Follower(detect)
-    track = video.follow_face(tmp_path / "two.mp4", follower, "dlib", lambda k: True, False, lambda line: None)
+    track = video.follow_face(tmp_path / "two.mp4", follower, lambda k: True, False, lambda line: None)
     assert track.found[:20].all() and (side(track)[:20] == 0).all()
     assert track.found[50:].all() and (side(track)[50:] == 1).all()
 
@@ -314,16 +314,16 @@ def test_after_a_cut_a_face_is_chosen_at_once(tmp_path, face, detect):
     for frame in right:
         frame[:180, 270:490] = face[20:, 10:230]
     write_clip(tmp_path / "cut.mp4", left + right, np.arange(40) * 512, sound=False)
-    track = video.track_video(tmp_path / "cut.mp4", detect, "dlib")
+    track = video.track_video(tmp_path / "cut.mp4", detect)
     assert track.found.all() and side(track).tolist() == [0] * 20 + [1] * 20
 
 
 def test_a_video_that_lies_on_its_side_is_turned(tmp_path, face, detect):
     said = []
     write_clip(tmp_path / "a.mp4", [np.rot90(f) for f in moving(face, 20)], np.arange(20) * 512, sound=False)
-    track = video.track_video(tmp_path / "a.mp4", detect, "dlib", complain=said.append)
+    track = video.track_video(tmp_path / "a.mp4", detect, complain=said.append)
     assert track.found.all() and track.turns == 3 and "lies on its side" in said[0]
-    assert len(list(gather.faces_in(tmp_path / "a.mp4", detect, "dlib", 64, complain=said.append))) == 20
+    assert len(list(gather.faces_in(tmp_path / "a.mp4", detect, 64, complain=said.append))) == 20
     video.save_track(tmp_path / "t.npz", track)
     assert np.array_equal(video.load_track(tmp_path / "t.npz").points, track.points)
 
@@ -337,7 +337,7 @@ def test_a_faceless_intro_is_not_looked_at_with_large_copies(tmp_path, face, det
         def faces_at(self, image, side):
             looked.append(side)
             return super().faces_at(image, side)
-    track = video.track_video(tmp_path / "a.mp4", Counting(), "dlib")
+    track = video.track_video(tmp_path / "a.mp4", Counting())
     assert track.found.tolist() == [False] * 50 + [True] * 10                    # from the first frame with a face on
     assert looked.count(1024) <= 5
 
