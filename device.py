@@ -25,5 +25,6 @@ def fast_dtype(device):
 
 
 def autocast(device):
+    """A context in which a training computes in fast_dtype(device) where it may; weights stay float32."""
     enabled = fast_dtype(device) == torch.bfloat16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)

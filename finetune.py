@@ -95,7 +95,10 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
 
 
 def randomised(what, e_new, psi, w, G, D, seed):
-    """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have."""
+    """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have.
+
+    Takes and returns e_new (N,), psi (|psi|,), w (N,).
+    """
     noise = torch.Generator(e_new.device).manual_seed(seed)
     like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
     if what == "e":
@@ -131,7 +134,7 @@ def load_parts(paths, config, detect, max_frames=32):
 
 
 def warn_of_several_people(paths, faces):
-    """faces: the first (crop, points) of each path. By the recognition network that CSIM uses."""
+    """faces: the first (crop uint8 (S, S, 3), points (68, 2)) of each path. Judged by dlib's network."""
     vector = dlib_recognition()
     first, *others = (vector(*face) for face in faces)
     strangers = [path for path, v in zip(paths[1:], others) if v @ first < STRANGERS]
@@ -183,7 +186,10 @@ def learn_person(state, x, y, content, epochs, device, **switches):
 
 
 def save_person(path, config, G, psi, source, parts=()):
-    """parts: of load_parts. Their landmarks say whose face it is, for when someone else drives."""
+    """Write a person file: G folded and without P, psi' (|psi|,), source (3, S, S) in [-1, 1].
+
+    parts: of load_parts. Their landmarks say whose face it is, for when someone else drives.
+    """
     known = {}
     if parts:
         points = [torch.from_numpy(points) for _, points in parts]

@@ -86,7 +86,7 @@ def choose_motion(track, path, picture, source, face):
 
 
 def same_person(track, path, picture, source, face, frames=5):
-    """Compare the source with a few frames of the driver's first 250."""
+    """Whether the source and a few frames of the driver's first 250 show one person, by dlib's network."""
     recognise = dlib_recognition()
     points = place(source.pose[None], source.z[None], source.opening[None], source, face)
     own, likeness = recognise(picture, points[0]), []
