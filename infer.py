@@ -33,7 +33,7 @@ SAME = 0.92     # cosine by dlib's recognition: most photos of one person are ne
 
 
 @torch.inference_mode()
-def render(G, psi, points, size, source=None):
+def render(G, psi, points, size, source=None, progress=True):
     """Yield a uint8 (S, S, 3) frame for each of the landmarks (n, 68, 2): G'(y; psi, psi') of Sec. 3.3.
 
     source: a picture (3, S, S) in [-1, 1]: then (S, 3S, 3), source, landmarks and result side by side.
@@ -41,7 +41,7 @@ def render(G, psi, points, size, source=None):
     dtype = fast_dtype(psi.device)
     G = G.to(dtype=dtype, memory_format=torch.channels_last)        # it is not for training any more
     batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs do large images one by one
-    for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches"):
+    for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches", disable=not progress):
         drawn = np.stack([draw_landmarks(p, size) for p in points[start:start + batch]])    # (B, S, S, 3)
         y = to_float(torch.from_numpy(drawn).movedim(-1, 1), psi.device)                    # (B, 3, S, S)
         frames = to_uint8(G.render(y.to(dtype), psi.expand(len(y), -1)))                    # (B, S, S, 3)
