@@ -119,10 +119,7 @@ def other_drivers(drivers, name, someone, strangers, same):
 # ----------------------------------------------------------------------------------------- one person
 
 def drive(folder, name, someone, drivers, everyone, setup):
-    """One person, driven by every driver with every motion, into its folder; at last puppets.csv.
-
-    everyone: {who: (d,)} by hold-out frames.
-    """
+    """One person, driven by every driver with every motion, into its folder; at last puppets.csv."""
     # (1) the person is learned once
     config, face = setup.state["config"], load_face()
     x, y = (to_float(t, setup.device) for t in to_tensors(someone.frames, someone.points))  # (T, 3, S, S)
@@ -162,7 +159,7 @@ def puppeteer(out, data, chosen, drivers, setup, judge, trained_on):
     people = open_people(data, chosen, setup.recognise)
     strangers, same = anchors(people)
     who = {name: someone.who for name, someone in people.items()}
-    everyone = mean_people({name: someone.others for name, someone in people.items()}, who)
+    everyone = mean_people({name: someone.others for name, someone in people.items()}, who)  # {who: (d,)}
     rows = []
     for name, someone in tqdm(people.items(), "puppeteering", unit=" people"):
         if not (out / name / "puppets.csv").exists():
@@ -219,7 +216,7 @@ def table(rows, people, judge, trained_on, strangers, same):
 def caption(people, drivers, judge, strangers, same):
     return (
         f"Means over {people} people ± standard error, each driven by {drivers} drivers. CSIM by {judge}, "
-        f"to the person's other photos: strangers {strangers:.3f}, the same person {same:.3f}. Nearer to "
+        f"to other photos: strangers {number([strangers], 3)}, the same person {number([same], 3)}. Nearer to "
         "him: frames nearer to the driver's own than to these photos. Better than paper: pairs of person "
         "and driver with a higher CSIM. First: frames nearest to the person of all. Mouth, yaw, roll: "
         "correlation with the driver's; amplitude: deviation over his. Landmarks: error in % of the "
@@ -242,7 +239,8 @@ def ranking(rows, best):
 def sheet(out, people, best, drivers, limit=6):
     """Fig. 5: some people, each driven by the driver that is best for them, whose frames are on top."""
     shown, rows = {driver.name: driver.shown for driver in drivers}, []
-    for name in [name for name in people if name in best][:limit]:
+    names = [name for name in people if name in best]
+    for name in names[:limit]:
         driver, photo = best[name], people[name].frames[0]
         rows.append((driver, [None, *shown[driver]]))
         for motion in MOTIONS:
