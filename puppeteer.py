@@ -215,7 +215,7 @@ def table(rows, people, judge, trained_on, strangers, same):
 
 def caption(people, drivers, judge, strangers, same):
     return (
-        f"Means over {people} people ± standard error, each driven by {drivers} drivers. CSIM by {judge}, "
+        f"Means over {people} people ± standard error, each driven by {drivers} others. CSIM by {judge}, "
         f"to other photos: strangers {number([strangers], 3)}, the same person {number([same], 3)}. Nearer to "
         "him: frames nearer to the driver's own than to these photos. Better than paper: pairs of person "
         "and driver with a higher CSIM. First: frames nearest to the person of all. Mouth, yaw, roll: "
