@@ -6,6 +6,7 @@
     python evaluate.py ... --user-study study                              # study/index.html, to be clicked
     python evaluate.py --toy                                               # drawn heads, without any data
     python evaluate.py --toy --timing                                      # Table 2 instead
+    python evaluate.py --data prepared --drivers DIR --shots 1             # Fig. 5 instead: puppeteer.py
 
 For every video: learn from T frames, draw the 32 hold-out frames from their landmarks as infer.py
 would, compare with the true ones. A prepared folder with train/NAME and test/NAME keeps that split.
@@ -44,6 +45,7 @@ from metrics import (dlib_recognition, inception, landmark_error, mean_vector, s
                      torchscript_recognition)
 from model import load_checkpoint, load_networks
 from protocol import draw_protocol, find_videos, person
+from puppeteer import find_drivers, open_driver, puppeteer
 from report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study,
                     write_scores, write_strip, write_vectors)
 from timing import timing
@@ -185,7 +187,8 @@ def parse():
         help="frames to learn from (1 8 32)")
     add("--videos", type=int, default=50, help="at most so many, drawn uniformly (50)")
     add("--holdout", type=int, default=32, help="frames of each to compare (32)")
-    add("--out", default="runs/eval", metavar="DIR", help="(runs/eval)")
+    add("--drivers", metavar="DIR", help="videos and saved tracks of others, who drive (smallest T)")
+    add("--out", metavar="DIR", help="(runs/eval; with --drivers runs/puppets)")
     add("--seed", type=int, default=0, help="of the choice of videos and frames (0)")
     add("--recognition", metavar="FILE", help="ArcFace-like TorchScript network for CSIM (default: dlib's)")
     add("--inception", metavar="FILE", help="weights of FID's network, from torch-fidelity's releases")
@@ -198,11 +201,18 @@ def parse():
     args.checkpoint = args.checkpoint or str(bundled)
     if min(*args.shots, args.videos, args.holdout) < 1 or args.seed < 0:
         raise UserError("--shots, --videos and --holdout must be at least 1, --seed at least 0")
+    tables_only = args.toy, args.ff_checkpoint, args.ablation, args.train_data, args.user_study
+    if args.drivers and any(tables_only):
+        raise UserError("--drivers drives real faces, and that is all: leave out --toy, --ff-checkpoint, "
+                        "--ablation, --train-data and --user-study")
     if args.train_data and args.toy and not args.recognition:
         raise UserError("--train-data compares faces: with --toy it needs a --recognition network")
     check_paths([args.checkpoint, args.ff_checkpoint, args.recognition, args.inception,
                  args.vgg19, args.vggface])
     args.shots.sort()
+    args.out = args.out or ("runs/puppets" if args.drivers else "runs/eval")
+    if args.drivers:
+        args.drivers, args.shots = find_drivers(args.drivers), args.shots[:1]
     return args
 
 
@@ -239,6 +249,8 @@ def write_protocol(args, data, content, device):
         "recognition": digest(args.recognition), "drawn": f"folded, {fast_dtype(device)}",
         "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
         "videos": chosen}
+    if args.drivers:
+        protocol["drivers"] = {os.path.basename(path): digest(path) for path in args.drivers}
     path = Path(args.out) / "protocol.json"
     if path.exists() and json.loads(path.read_text()) != protocol:
         raise UserError(f"{args.out} holds an evaluation of something else: name another --out")
@@ -273,9 +285,16 @@ def main():
     detect = None if args.toy else landmark_detector(config.landmarks)
     setup = Setup(state=state, ff_state=ff_state, content=content, ablation=args.ablation,
                   detect=detect, recognise=recognise, device=device)
+    drivers = [open_driver(path, setup) for path in args.drivers or []]
+    judge = os.path.basename(args.recognition or "dlib")
+    # the face term of content losses is dlib's network: where there is one, dlib judges what it has trained
+    trained_on = judge == "dlib" and bool(config.face or content.face)
 
     # (2) the videos, one by one
     chosen, videos = write_protocol(args, data, content, device), find_videos(data)
+    if drivers:
+        puppeteer(out, data, chosen, drivers, setup, judge, trained_on)
+        return
     for name in tqdm(chosen, "evaluating", unit=" videos"):
         if not (out / name / "scores.csv").exists():
             source = data.load(videos[name][0], lambda count: chosen[name]["learn"])
@@ -284,13 +303,10 @@ def main():
                         source=source, truth=truth, setup=setup)
 
     # (3) what they say together
-    judge = os.path.basename(args.recognition or "dlib")
     training = None
     if train_data:
         kind = digest(args.recognition) or judge
         training = training_people(train_data, recognise, kind, out / "training.npz")
-    # the face term of content losses is dlib's network: where there is one, dlib judges what it has trained
-    trained_on = judge == "dlib" and bool(config.face or content.face)
     people = {name: person(name) for name in chosen}
     report(out, people=people, shots=args.shots, holdout=args.holdout, judge=judge,
            trained_on=trained_on, training=training, network=network)

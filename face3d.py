@@ -1,6 +1,6 @@
 """A linear 3-D face of the 68 landmarks, learned from 2-D points by non-rigid structure from motion.
 
-    face = load_face()                      # weights/face3d.npz, made by adapt.py
+    face = load_face3d()                      # weights/face3d.npz, made by adapt.py
     f = fit(points, face)                   # of every frame: pose, coefficients z, openings, rest
 
 A face that a camera sees from afar is
@@ -26,7 +26,7 @@ UPPER, LOWER = np.array([37, 38, 43, 44, 61, 62, 63]), np.array([41, 40, 47, 46,
 LIDS, LIPS = slice(0, 4), slice(4, 7)
 
 
-class Face(NamedTuple):
+class Face3D(NamedTuple):
     """What weights/face3d.npz holds."""
     mean: np.ndarray        # (68, 3), symmetric
     basis: np.ndarray       # (K, 68, 3)
@@ -150,7 +150,7 @@ def remainder(points, pose, shape):
 # ------------------------------------------------------------------------------------- learning the face
 
 def learn(people, directions=16, rounds=(24, 6), say=lambda message: None):
-    """Landmarks (n_i, 68, 2) of each person -> Face. Mirrored copies are added."""
+    """Landmarks (n_i, 68, 2) of each person -> Face3D. Mirrored copies are added."""
     points = np.concatenate(people)
     points = points - points.mean(1, keepdims=True)
     points = points / (points ** 2).mean((1, 2), keepdims=True) ** 0.5
@@ -162,14 +162,14 @@ def learn(people, directions=16, rounds=(24, 6), say=lambda message: None):
 
 
 def learn_shapes(points, directions, rounds, say):
-    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face, no covariances.
+    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face3D, no covariances.
 
     rounds: so many with the mean alone; then two directions more in each; then so many with all.
     """
     flat = points.mean(0)
     flat = (flat + flat[MIRRORED] * (-1, 1)) / 2 / np.linalg.norm(flat[36] - flat[45])
     cylinder = np.concatenate([flat, (1 - flat[:, :1] ** 2).clip(0) ** 0.5], axis=1)    # where to start
-    face = Face(cylinder, np.zeros((0, 68, 3)), np.zeros((5, 0)), 1e-3, None, None)
+    face = Face3D(cylinder, np.zeros((0, 68, 3)), np.zeros((5, 0)), 1e-3, None, None)
     for step in range(sum(rounds) + (directions + 1) // 2):
         f, K = fit(points, face), len(face.basis)
         face = face._replace(noise=np.mean(f.rest ** 2, dtype=np.float64) * 136 / (136 - 6 - K))
@@ -224,11 +224,11 @@ def covariances(z):
     return (v * w.clip(1e-4)) @ v.T, within, means.mean(0)
 
 
-def load_face(path=FACE):
-    """-> Face. UserError if the file is none."""
+def load_face3d(path=FACE):
+    """-> Face3D. UserError if the file is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            face = Face(*(file[name].astype(np.float64) for name in Face._fields))
+            face = Face3D(*(file[name].astype(np.float64) for name in Face3D._fields))
         K = len(face.basis)
         if [part.shape for part in face] != [(68, 3), (K, 68, 3), (5, K), (), (K, K), (K, K)]:
             raise ValueError("its arrays are not those of a face")

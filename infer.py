@@ -9,7 +9,6 @@ The result has the driver's frames, time stamps and sound. Memory does not grow 
 but for the landmarks themselves, half a kilobyte a frame.
 """
 import os
-from itertools import islice
 
 import numpy as np
 import torch
@@ -19,19 +18,20 @@ from tqdm import tqdm
 from adapt import adapt, describe, place, views
 from data import draw_landmarks, to_float, to_uint8
 from device import default_device, fast_dtype
-from face3d import fit, load_face
-from faces import crop, face_box, landmark_detector, to_crop
+from face3d import fit, load_face3d
+from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning, load_parts, save_person, to_faces)
+from gather import evenly
 from metrics import SAME, dlib_recognition
 from model import load_checkpoint, load_person
 from sound import usable_sound
-from video import SUFFIXES, load_track, read_video, save_track, to_rgb, track_video, write_video
+from video import SUFFIXES, load_track, read_crops, save_track, track_video, write_video
 
 
 @torch.inference_mode()
-def render(G, psi, points, size, source=None):
+def render(G, psi, points, size, source=None, progress=True):
     """Yield a uint8 (S, S, 3) frame for each of the landmarks (n, 68, 2): G'(y; psi, psi') of Sec. 3.3.
 
     source: a picture (3, S, S) in [-1, 1]: then (S, 3S, 3), source, landmarks and result side by side.
@@ -39,7 +39,7 @@ def render(G, psi, points, size, source=None):
     dtype = fast_dtype(psi.device)
     G = G.to(dtype=dtype, memory_format=torch.channels_last)        # it is not for training any more
     batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs do large images one by one
-    for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches"):
+    for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches", disable=not progress):
         drawn = np.stack([draw_landmarks(p, size) for p in points[start:start + batch]])    # (B, S, S, 3)
         y = to_float(torch.from_numpy(drawn).movedim(-1, 1), psi.device)                    # (B, 3, S, S)
         frames = to_uint8(G.render(y.to(dtype), psi.expand(len(y), -1)))                    # (B, S, S, 3)
@@ -89,14 +89,12 @@ def same_person(track, path, picture, source, face, frames=5):
     """Whether the source and a few frames of the driver's first 250 show one person, by dlib's network."""
     recognise = dlib_recognition()
     points = place(source.pose[None], source.z[None], source.opening[None], source, face)
-    own, likeness = recognise(picture, points[0]), []
-    step = max(1, min(len(track.pts), 250) // frames)
-    for k, frame in islice(enumerate(read_video(path, lambda line: None)), 0, frames * step, step):
-        if track.found[k]:
-            image, box = np.rot90(to_rgb(frame), track.turns), face_box(track.points[k])
-            driver = recognise(crop(image, box, 256), to_crop(track.points[k], box, 256))
-            likeness.append(own @ driver)
-    return bool(likeness) and np.mean(likeness) > SAME
+    own = recognise(picture, points[0])
+    chosen = evenly(np.flatnonzero(track.found[:250]).tolist(), frames)
+    if not chosen:
+        return False
+    crops, points = read_crops(path, track, chosen, 256), track.in_crops(256)
+    return np.mean([own @ recognise(crops[k], points[k]) for k in chosen]) > SAME
 
 
 def whose_face(state, face):
@@ -171,7 +169,7 @@ def main():
         state = load_checkpoint(args.checkpoint, device)
     else:
         state = load_for_finetuning(args.checkpoint, device)
-    config, face = state["config"], load_face()
+    config, face = state["config"], load_face3d()
     size, epochs = config.image_size, 0 if args.feed_forward else EPOCHS
     video = args.driver and not is_track(args.driver)
     detect = landmark_detector(config.landmarks) if args.photo or video else None

@@ -1,4 +1,4 @@
-"""How a generated frame is judged: SSIM, CSIM, FID, and the landmarks found again on it (Sec. 4)."""
+"""How generated frames are judged: SSIM, CSIM, FID, the landmarks found again, movements (Sec. 4)."""
 import warnings
 
 import numpy as np
@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from data import to_float
+from face3d import LIPS, fit
 from faces import dlib_model
 from files import UserError
 
+STILL = 1e-6  # a smaller deviation is rounding, in eye distances or radians
 SIDE = 256  # smaller frames are enlarged to this many pixels before a face is looked for
 
 
@@ -29,15 +31,67 @@ def enlarged(frame, points):
     return frame, (points + 0.5) * scale - 0.5      # pixel centres to pixel centres
 
 
-def landmark_error(frame, points, detect):
-    """The 68 points found again on a frame against the driving ones, in per cent of the distance between
-    the outer eye corners; None where no face is found."""
+def found_again(frame, points, detect):
+    """-> the 68 points found on a frame (68, 2), None where no face is found, and those that drove it.
+
+    Both in pixels of the enlarged frame.
+    """
     frame, points = enlarged(frame, points)
-    again = detect(frame)
-    if again is None:
-        return None
+    return detect(frame), points
+
+
+def points_error(again, points):
+    """Mean distance of the 68 points, in per cent of the distance between the outer eye corners."""
     error = np.linalg.norm(again - points, axis=1).mean()
     return float(100 * error / np.linalg.norm(points[36] - points[45]))
+
+
+def landmark_error(frame, points, detect):
+    """points_error() of the points found again on a frame; None where no face is found."""
+    again, points = found_again(frame, points, detect)
+    return None if again is None else points_error(again, points)
+
+
+# --------------------------------------------------------------- movements, by the face of face3d.py
+
+def movements(frames, points, driver, detect, face):
+    """How far the driver's movements were taken over, by the landmarks found again: frames (n, S, S, 3).
+
+    points (n, 68, 2): those that drove them.  driver (n, 68, 2): the driver's own.
+    -> found, the share of frames with a face, and of these the landmark error, correlations of mouth, yaw
+    and roll with the driver's, and the mouth's deviation over the driver's; NaN where he is still.
+    """
+    pairs = [found_again(frame, p, detect) for frame, p in zip(frames, points)]
+    seen = [k for k, (again, _) in enumerate(pairs) if again is not None]
+    if not seen:
+        return {"found": 0.0}
+    result, driver = fit(np.stack([pairs[k][0] for k in seen]), face), fit(driver[seen], face)
+    lips, driver_lips = result.opening[:, LIPS].mean(axis=1), driver.opening[:, LIPS].mean(axis=1)
+    return {"found": len(seen) / len(pairs),
+            "landmark_error": np.mean([points_error(*pairs[k]) for k in seen]),
+            "mouth_r": correlation(lips, driver_lips),
+            "mouth_ratio": lips.std() / driver_lips.std() if driver_lips.std() > STILL else np.nan,
+            "yaw_r": correlation(result.pose[:, 0], driver.pose[:, 0]),
+            "roll_r": correlation(result.pose[:, 2], driver.pose[:, 2])}
+
+
+def correlation(a, b):
+    """Pearson's; NaN of fewer than 3, and where one of the two does not vary."""
+    if len(a) < 3 or min(a.std(), b.std()) <= STILL:
+        return np.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def crossed(points, face):
+    """The share of faces (n, 68, 2) with crossed lips: somewhere the upper one lies below the lower."""
+    return float((fit(points, face).opening[:, LIPS] < 0).any(axis=1).mean())
+
+
+def change(frames):
+    """Mean change from frame to frame, in levels: uint8 (n, S, S, 3). NaN of a single frame."""
+    if len(frames) < 2:
+        return np.nan
+    return float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean())
 
 
 # --------------------------------------------------------- CSIM: the cosine of two of these vectors
@@ -103,10 +157,35 @@ def mean_vector(vectors):
     return mean / np.linalg.norm(mean)
 
 
+def mean_people(vectors, people):
+    """vectors: {video: (n, d)}, people: {video: who it shows} -> {who: (d,), the mean of all its frames}."""
+    persons = {}
+    for who in people.values():
+        frames = [vectors[name] for name in people if people[name] == who]
+        persons[who] = mean_vector(np.concatenate(frames))
+    return persons
+
+
 def rank(vectors, people, k):
     """Of every vector (n, d): 1 where person k is the nearest of the people (P, d), 2 where one is nearer."""
     cosines = vectors @ people.T                                        # (n, P)
     return 1 + (cosines > cosines[:, [k]]).sum(axis=1)
+
+
+def likeness(vectors, photo, others, driver, people, k):
+    """Whom a puppet shows: vectors (n, d) of a person's photo that somebody else drives.
+
+    photo (d,), others (h, d): of this photo and of others of the person.  driver (n, d): of the frames
+    that drove it, or None.  people (P, d), k: of rank(); the photo itself is in none of them.
+    -> mean CSIM to other photos, to the photo, to the driver; shares of frames.
+    """
+    csim = (vectors @ others.T).mean(axis=1)                            # (n,)
+    figures = {"csim": csim.mean(), "csim_photo": (vectors @ photo).mean(),
+               "first": (rank(vectors, people, k) == 1).mean()}
+    if driver is not None:
+        to_driver = (vectors * driver).sum(axis=1)
+        figures |= {"csim_driver": to_driver.mean(), "nearer_driver": (to_driver > csim).mean()}
+    return figures
 
 
 # -------------------------------------------------------------------------------- Frechet distances

@@ -39,11 +39,11 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):                                       # (B, C, H, W)
-        q = self.query(x).flatten(2)                            # (B, C/8, HW)
+        q = self.query(x).flatten(2).transpose(1, 2)            # (B, HW, C/8)
         k = F.max_pool2d(self.key(x), 2).flatten(2)             # (B, C/8, HW/4)
-        v = F.max_pool2d(self.value(x), 2).flatten(2)           # (B, C/2, HW/4)
-        attention = (q.transpose(1, 2) @ k).softmax(dim=-1)     # (B, HW, HW/4): no 1/sqrt(d)
-        h = (v @ attention.transpose(1, 2)).unflatten(2, x.shape[2:])  # (B, C/2, H, W)
+        v = F.max_pool2d(self.value(x), 2).flatten(2).transpose(1, 2)  # (B, HW/4, C/2)
+        attention = (q @ k).softmax(dim=-1)                     # (B, HW, HW/4): no 1/sqrt(d)
+        h = (attention @ v).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C/2, H, W)
         return x + self.gamma * self.out(h)                     # (B, C, H, W)
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from files import UserError, atomic
-from metrics import fid, fid_statistics, frechet, mean_vector, rank
+from metrics import fid, fid_statistics, frechet, mean_people, rank
 
 SOURCE, REAL, COPY, NEAREST = "source", "real frame", "copy of the source", "nearest source frame"
 FF, BEFORE, AFTER = "Ours-FF", "Ours-FT before fine-tuning", "Ours-FT"
 COLUMNS = ["video", "T", "method", "frame", "ssim", "csim", "csim_stranger", "rank", "nearer_training",
            "landmark_error", "found"]
+TEXTS = "video", "method", "driver", "motion"       # columns that hold no numbers
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -38,9 +39,9 @@ def read_strip(path):
     return np.split(strip, strip.shape[1] // len(strip), axis=1)
 
 
-def write_scores(path, rows):
+def write_scores(path, rows, columns=COLUMNS):
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -73,10 +74,7 @@ def add_identity(rows, vectors, people, training=None):
     if not all(vectors.values()):
         return
     names, real = list(people), key({"T": 0, "method": REAL})
-    persons = {}
-    for who in people.values():
-        frames = [vectors[name][real] for name in names if people[name] == who]
-        persons[who] = mean_vector(np.concatenate(frames))
+    persons = mean_people({name: vectors[name][real] for name in names}, people)
     everyone = np.stack(list(persons.values()))                         # (P, d)
 
     for n, name in enumerate(names):
@@ -121,7 +119,7 @@ def distances(out, rows, vectors, network=None):
 def as_numbers(row):
     """NaN where there is none."""
     number = lambda v: float("nan" if v in ("", None) else v)
-    return {column: v if column in ("video", "method") else number(v) for column, v in row.items()}
+    return {column: v if column in TEXTS else number(v) for column, v in row.items()}
 
 
 def mean(rows, column):
@@ -146,6 +144,21 @@ def share(values):
     return f"{100 * np.mean(values):.0f} %" if values else "n/a"
 
 
+def of_the_way(csim, strangers, same):
+    """How far a CSIM is from strangers (0) to the same person (1); NaN where these cannot be told apart."""
+    return (csim - strangers) / (same - strangers) if same > strangers else np.nan
+
+
+def csim_title(judge, trained_on):
+    return f"CSIM ({judge}{', trained on' if trained_on else ''}) ↑"
+
+
+def markdown(rows):
+    """[{title: cell}], all with the same titles -> a table."""
+    head = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join(head + ["| " + " | ".join(row.values()) + " |" for row in rows])
+
+
 def table(rows, found, judge, held_out, trained_on=False):
     """Table 1 in markdown, and CSIM's two anchors.
 
@@ -159,14 +172,13 @@ def table(rows, found, judge, held_out, trained_on=False):
     strangers = mean(groups[f"T0 {REAL}"], "csim_stranger")[0]
     same = next(mean(group, "csim")[0] for group in groups.values() if group[0]["method"] == COPY)
     with_training = any(np.isfinite(row["nearer_training"]) for row in rows)
-    csim_title = f"CSIM ({judge}{', trained on' if trained_on else ''}) ↑"
 
     lines = []
     for name, group in groups.items():
         T, method = int(group[0]["T"]), group[0]["method"]
         column = lambda c: np.array([row[c] for row in group])
         csim = mean(group, "csim")
-        way = (csim[0] - strangers) / (same - strangers) if same > strangers and T else np.nan
+        way = of_the_way(csim[0], strangers, same) if T else np.nan
         known = np.isfinite(column("csim_stranger"))
         distance = lambda kind, digits: number([found[name].get(kind, np.nan)] if T else [], digits)
         cells = {
@@ -174,7 +186,7 @@ def table(rows, found, judge, held_out, trained_on=False):
             "FID ↓": distance("fid", 1),
             f"Fréchet ({judge}) ↓": distance("frechet", 3),
             "SSIM ↑": number(mean(group, "ssim"), 3),
-            csim_title: number(csim, 3),
+            csim_title(judge, trained_on): number(csim, 3),
             "of the way": share(way),
             "right person": share((column("csim") > column("csim_stranger"))[known]),
             f"nearest of {held_out}": share((column("rank") == 1)[np.isfinite(column("rank"))]),
@@ -183,9 +195,8 @@ def table(rows, found, judge, held_out, trained_on=False):
             "face found": share(mean(group, "found")[0])}
         if not with_training:
             del cells["nearer to training ↓"]
-        lines.append("| " + " | ".join(cells.values()) + " |")
-    head = ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
-    return "\n".join(head + lines), strangers, same
+        lines.append(cells)
+    return markdown(lines), strangers, same
 
 
 def caption(judge, strangers, same, videos, holdout, trained_on=False, training=False):
@@ -239,23 +250,33 @@ def report(out, people, shots, holdout, judge, trained_on=False, training=None, 
 
 def figure(out, videos, shots, columns, limit=3):
     """Fig. 4: rows T of some videos; columns source, ground truth, every method."""
-    S = len(read_strip(f"{out}/{videos[0]}/T0 {SOURCE}.png")[0])
-    cell, left, top = max(S, 128), 40, 30
-    rows = [(name, T) for name in videos[:limit] for T in shots]
-    picture = Image.new("RGB", (left + cell * (2 + len(columns)), top + cell * len(rows)), "white")
-    pen = ImageDraw.Draw(picture)
+    rows = []
+    for name in videos[:limit]:
+        for T in shots:
+            files = [f"T0 {SOURCE}", f"T0 {REAL}", *(f"T{T} {method}" for method in columns)]
+            rows.append((f"T = {T}", [read_strip(f"{out}/{name}/{file}.png")[0] for file in files]))
+    write_sheet(f"{out}/figure.png", [SOURCE, "ground truth", *columns], rows)
 
-    for c, title in enumerate([SOURCE, "ground truth", *columns]):
+
+def write_sheet(path, titles, rows, left=40):
+    """A picture of rows: (text, [uint8 (S, S, 3), or None for an empty place]), below the columns' titles.
+
+    left: the width of the texts, in pixels.
+    """
+    S = len(rows[0][1][-1])
+    cell, top, width = max(S, 128), 30, max(len(frames) for _, frames in rows)
+    picture = Image.new("RGB", (left + cell * width, top + cell * len(rows)), "white")
+    pen = ImageDraw.Draw(picture)
+    for c, title in enumerate(titles):
         title = title.replace(" ", "\n", 1) if len(title) > 16 else title
         pen.multiline_text((left + 4 + cell * c, 2), title, "black")
-    for r, (name, T) in enumerate(rows):
-        pen.text((4, top + cell * r + cell // 2), f"T = {T}", "black")
-        files = [f"T0 {SOURCE}", f"T0 {REAL}", *(f"T{T} {method}" for method in columns)]
-        for c, file in enumerate(files):
-            frame = Image.fromarray(read_strip(f"{out}/{name}/{file}.png")[0])
-            frame = frame.resize((cell, cell), Image.BICUBIC)
-            picture.paste(frame, (left + cell * c, top + cell * r))
-    with atomic(f"{out}/figure.png") as temporary:
+    for r, (text, frames) in enumerate(rows):
+        pen.multiline_text((4, top + cell * r + cell // 2), text, "black")
+        for c, frame in enumerate(frames):
+            if frame is not None:
+                frame = Image.fromarray(frame).resize((cell, cell), Image.BICUBIC)
+                picture.paste(frame, (left + cell * c, top + cell * r))
+    with atomic(path) as temporary:
         picture.save(temporary, "PNG")
 
 

@@ -6,13 +6,13 @@
 import math
 from array import array
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from faces import NEARLY, SURE, TURNED, overlap, steady_boxes, to_crop, which_face, where
+from faces import NEARLY, SURE, TURNED, crop, overlap, steady_boxes, to_crop, which_face, where
 from files import UserError, atomic, warn
 from media import open_media, read_video, to_rgb
 from sound import Sound
@@ -215,6 +215,15 @@ def follow_face(path, follower, keep, progress, complain):
     points = np.frombuffer(points, np.float32).reshape(-1, 68, 2)
     found, pts = np.array(found, bool), np.array(pts, np.int64)
     return Track(points, found, pts, base, follower.detector.kind, follower.turns)
+
+
+def read_crops(path, track, wanted, size):
+    """The frames of a video with the numbers `wanted` as in Track.in_crops: {k: uint8 (size, size, 3)}."""
+    boxes, crops = steady_boxes(track.points, track.seconds()), {}
+    for k, frame in enumerate(islice(read_video(path, lambda line: None), max(wanted) + 1)):
+        if k in wanted:
+            crops[k] = crop(np.rot90(to_rgb(frame), track.turns), boxes[k], size)
+    return crops
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ASSETS.parent))
 from adapt import adapt, describe  # noqa: E402  (the project's own modules, from wherever this is run)
 from data import draw_landmarks  # noqa: E402
 from device import default_device  # noqa: E402
-from face3d import load_face  # noqa: E402
+from face3d import load_face3d  # noqa: E402
 from faces import landmark_detector  # noqa: E402
 from files import atomic  # noqa: E402
 from finetune import CHECKPOINT, EPOCHS, learn_person, load_parts, to_faces  # noqa: E402
@@ -26,7 +26,7 @@ PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), [0, 40, 90, 120, 160, 
 
 device = default_device()
 state = load_checkpoint(CHECKPOINT, device)
-config, face = state["config"], load_face()
+config, face = state["config"], load_face3d()
 size = config.image_size
 content, detect = ContentLoss(config.content, face=FACE_WEIGHT), landmark_detector(config.landmarks)
 track = load_track(str(ASSETS / "speech.npz"))

@@ -20,7 +20,7 @@ SIZE = 256
 
 @pytest.fixture(scope="module")
 def bundled():
-    return face3d.load_face()
+    return face3d.load_face3d()
 
 
 def eye_distance(points):
@@ -111,7 +111,7 @@ def test_command_and_refusals(tmp_path, bundled):
     (tmp_path / "prepared/03.pt").write_bytes(b"damaged")
     out = succeed("adapt.py", "--out", "face.npz", cwd=tmp_path)
     assert "wrote face.npz: from 300 frames of 30 people" in out
-    made = face3d.load_face(tmp_path / "face.npz")
+    made = face3d.load_face3d(tmp_path / "face.npz")
     assert made.basis.shape == (16, 68, 3)
     assert (np.linalg.eigvalsh(made.between) > 0).all()
     (tmp_path / "prepared/00.pt").unlink(), (tmp_path / "prepared/03.pt").unlink()
@@ -119,14 +119,14 @@ def test_command_and_refusals(tmp_path, bundled):
     assert "no prepared videos" in fail("adapt.py", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
     (tmp_path / "text.npz").write_text("no face")
     with pytest.raises(UserError, match="is not a 3-D face"):
-        face3d.load_face(tmp_path / "text.npz")
+        face3d.load_face3d(tmp_path / "text.npz")
 
 
 # -------------------------------------------------------------------------------------------------- who it is
 
 def test_identity_by_hand():
     """One dimension, between 4, within 1: one photo at 5 counts 4 / (4 + 1); the frames of a clip less than photos."""
-    line = face3d.Face(None, None, None, None, np.array([[4.0]]), np.array([[1.0]]))
+    line = face3d.Face3D(None, None, None, None, np.array([[4.0]]), np.array([[1.0]]))
     assert adapt.identity(np.array([[5.0]]), [1], line)[0] == pytest.approx(4.0)
     assert adapt.identity(np.array([[5.0], [5.0]]), [1, 1], line)[0] == pytest.approx(5 * 4 / 4.5)
     mixed = adapt.identity(np.array([[5.0], [2.0]]), [1, adapt.CLIP], line)[0]
