@@ -45,6 +45,7 @@ def two_threads_on_the_cpu(request, monkeypatch):
 
 
 shape_predictor = functools.cache(dlib.shape_predictor)     # 100 MB and a second: read once for all tests
+frontal_detector = functools.cache(dlib.get_frontal_face_detector)      # a third of a second
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -80,6 +81,7 @@ def here(*args, cwd, **env):
         patch.setattr(sys, "argv", list(map(str, args)))
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(dlib, "shape_predictor", shape_predictor)
+        patch.setattr(dlib, "get_frontal_face_detector", frontal_detector)
         for name, value in (OFFLINE | env).items():
             patch.setenv(name, value)
         code = 0

@@ -82,7 +82,7 @@ def prepared(tmp_path_factory, face):
 # ------------------------------------------------------------------------------------------------- kills
 
 # What is on the disk when the short form kills: a checkpoint to resume from, sequences that are done, a video half written.
-MOMENTS = {"meta_train": "out/step-10.pt", "data": "out/?.mp4.pt", "infer": "out.mp4.*.tmp"}
+MOMENTS = {"meta_train": "out/step-6.pt", "data": "out/?.mp4.pt", "infer": "out.mp4.*.tmp"}
 
 
 @pytest.mark.parametrize("stage", ["meta_train", "data", "finetune", "infer"])
@@ -91,15 +91,19 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
     if stage == "finetune" and not slow:
         pytest.skip("writes its file as infer.py does")
     command = {
-        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9", "--steps", "40", "--save-every", "5", "--out", "out", "--resume"],
+        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9", "--steps", "40" if slow else "16", "--save-every", "5" if slow else "3", "--out", "out", "--resume"],
         "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib", "--image-size", "64"],
         "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--out", "out.pt"],
-        "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", TRACK, "--out", "out.mp4", "--save-person", "out.pt"],
+        "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", TRACK, "--out", "out.mp4", "--save-person", "out.pt",
+                  *([] if slow else ["--feed-forward"])],
     }[stage]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
     began = time.time()
-    succeed(*command, cwd=whole, start=script if slow else here)
+    if stage == "data" and not slow:
+        shutil.copytree(prepared / "out", whole / "out")    # made by the same command
+    else:
+        succeed(*command, cwd=whole, start=script if slow else here)
     duration, rng = time.time() - began, random.Random(stage)
     finished = lambda folder: sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".pt", ".mp4", ".png"))
     for kill in range(30 if slow else 1):
@@ -134,21 +138,23 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
         assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(number, tmp_path):
-    flags = ["meta_train.py", *TINY_FLAGS, "--steps", "100000", "--save-every", "100000", "--out", "run"]
-    process = start(*flags, cwd=tmp_path)
-    while not (tmp_path / "run/log.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+def test_a_signal_saves_and_leaves(tmp_path):
+    numbers = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
+    flags = ["meta_train.py", *TINY_FLAGS, "--out"]
+    processes = {run: start(*flags, run, "--steps", "100000", "--save-every", "100000", cwd=tmp_path) for run in numbers}
+    for run, process in processes.items():
+        while not (tmp_path / run / "log.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
     time.sleep(1)
-    os.killpg(process.pid, number)              # as Ctrl-C and clusters do: to the loader's workers too
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and len(said.splitlines()) == 1, said
-    step = int(said.split("stopped at step ")[1].split()[0])
-    assert step > 0 and "--resume" in said and load_checkpoint(tmp_path / f"run/step-{step}.pt")["step"] == step
-    succeed(*flags[:-4], "--save-every", "1", "--steps", step + 1, "--out", "run", "--resume", cwd=tmp_path)
-    assert (tmp_path / f"run/step-{step + 1}.pt").exists()
+    for run, process in processes.items():
+        os.killpg(process.pid, numbers[run])    # as Ctrl-C and clusters do: to the loader's workers too
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 128 + numbers[run] and len(said.splitlines()) == 1, said
+        step = int(said.split("stopped at step ")[1].split()[0])
+        assert step > 0 and "--resume" in said and load_checkpoint(tmp_path / run / f"step-{step}.pt")["step"] == step
+        succeed(*flags, run, "--save-every", "1", "--steps", step + 1, "--resume", cwd=tmp_path)
+        assert (tmp_path / run / f"step-{step + 1}.pt").exists()
 
 
 @pytest.mark.parametrize("damaged", ["step-4.pt", "step-4.rank-0.state"])
@@ -268,30 +274,36 @@ def obey_permissions():
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)     # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
-@pytest.mark.parametrize("stage", ["meta_train", "finetune", "infer", "data"])
 @pytest.mark.parametrize("hindrance", [limit_files, obey_permissions])
-def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, stage, slow, tmp_path, checkpoint, prepared):
-    if hindrance is obey_permissions and stage in ("finetune", "data") and not slow:
-        pytest.skip("as infer.py and meta_train.py")
-    command, out = {
-        "meta_train": (["meta_train.py", *TINY_FLAGS, "--steps", "2", "--save-every", "1", "--resume", "--out"], "run/step-1.pt"),
-        "finetune": (["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out"], "run/out.pt"),
-        "infer": (["infer.py", "--photo", PHOTO, "--feed-forward", "--checkpoint", checkpoint, "--driver", TRACK, "--compare", "--out"], "run/out.mp4"),
-        "data": (["data.py", "--videos", prepared / "videos", "--landmarks", "dlib", "--image-size", "512", "--workers", "1", "--out"], "run/0.mp4.pt"),
-    }[stage]
-    (tmp_path / "run").mkdir()
-    if stage == "meta_train":
-        succeed(*command[:-2], "--steps", "1", "--out", "run", cwd=tmp_path)
-    elif stage != "data":
-        (tmp_path / out).write_bytes(b"precious")
-    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.name != "log.csv"}
-    if hindrance is obey_permissions:
-        (tmp_path / "run").chmod(0o555)
-        if not subprocess.run(["touch", tmp_path / "run/new"], preexec_fn=hindrance, stderr=subprocess.DEVNULL).returncode:
-            pytest.skip("this system does not hold root to permissions")
-    process = start(*command, out if stage in ("finetune", "infer") else "run", cwd=tmp_path, preexec_fn=hindrance)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 2 and "cannot write" in said.splitlines()[-1] and "Traceback" not in said, said
+def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, slow, tmp_path, checkpoint, prepared):
+    """All stages at once: each refuses in words, and leaves what is there."""
+    train = ["meta_train.py", *TINY_FLAGS, "--resume", "--save-every", "1"]
+    photo = ["--photo", PHOTO, "--feed-forward", "--checkpoint", checkpoint, "--driver", TRACK, "--compare"]
+    commands = {
+        "meta_train": [*train, "--steps", "2", "--out", "run"],
+        "infer": ["infer.py", *photo, "--out", "run/out.mp4"],
+        "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "run/out.pt"],
+        "data": ["data.py", "--videos", prepared / "videos", "--landmarks", "dlib", "--image-size", "512", "--workers", "1",
+                 "--out", "run"]}
+    if hindrance is obey_permissions and not slow:
+        del commands["finetune"], commands["data"]      # as infer.py and meta_train.py
+    before, processes = {}, []
+    for stage, command in commands.items():
+        folder = tmp_path / stage
+        (folder / "run").mkdir(parents=True)
+        if stage == "meta_train":
+            succeed(*train, "--steps", "1", "--out", "run", cwd=folder)
+        elif stage != "data":
+            (folder / command[-1]).write_bytes(b"precious")
+        before |= {file: file.read_bytes() for file in (folder / "run").iterdir() if file.name != "log.csv"}
+        if hindrance is obey_permissions:
+            (folder / "run").chmod(0o555)
+            if not subprocess.run(["touch", folder / "run/new"], preexec_fn=hindrance, stderr=subprocess.DEVNULL).returncode:
+                pytest.skip("this system does not hold root to permissions")
+        processes.append(start(*command, cwd=folder, preexec_fn=hindrance))
+    for process in processes:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 2 and "cannot write" in said.splitlines()[-1] and "Traceback" not in said, said
     assert all(file.read_bytes() == content for file, content in before.items())
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -461,8 +473,8 @@ def memory_of(*args, cwd):
 
 
 def test_a_long_driver(slow, tmp_path, face, checkpoint):
-    """20 seconds, with --slow 20 minutes and memory flat while tracking and while rendering: every frame there, sound in step to the end."""
-    seconds, frames = 1200 if slow else 20, moving(face, 60)
+    """12 seconds, with --slow 20 minutes and memory flat while tracking and while rendering: every frame there, sound in step to the end."""
+    seconds, frames = 1200 if slow else 12, moving(face, 60)
     write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)), range(0, 25 * seconds * 512, 512))
     succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "p.pt", cwd=tmp_path)
     command = ["infer.py", "--person", "p.pt", "--driver", "long.mp4"]
