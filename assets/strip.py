@@ -41,6 +41,7 @@ for photo in PHOTOS:
         points = adapt(track, source, motion, size, face)[POSES]
         first = parts[0][0][0] if motion == "paper" else blank
         rows.append([first, *render(G, psi, points, size)])
-cells = [[np.asarray(Image.fromarray(cell).resize((CELL, CELL), Image.BICUBIC)) for cell in row] for row in rows]
+cells = [[np.asarray(Image.fromarray(cell).resize((CELL, CELL), Image.BICUBIC)) for cell in row]
+         for row in rows]
 with atomic(ASSETS / "strip.png") as temporary:
     Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in cells])).save(temporary, "PNG")
