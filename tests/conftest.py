@@ -1,4 +1,7 @@
-"""Shared by the tests: small networks, a real photo, a clip made from it, scripts run here or in their own process."""
+"""Shared by the tests.
+
+Small networks, a real photo, a clip made from it, scripts run here or in their own process.
+"""
 import functools
 import importlib
 import os
@@ -72,7 +75,7 @@ def captured(out, err):
 
 
 def here(*args, cwd, **env):
-    """The same as `script` in this process, by the script's main(): without the seconds that a start takes."""
+    """The same as `script` in this process, by the script's main(): without the seconds of a start."""
     module = importlib.import_module(args[0].removesuffix(".py"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err,

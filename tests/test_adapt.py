@@ -1,4 +1,7 @@
-"""adapt.py: the linear 3-D face, who somebody is, steadiness, motion, new viewpoints; on points from a known face."""
+"""adapt.py: the linear 3-D face, who somebody is, steadiness, motion, new viewpoints.
+
+All on points from a known face.
+"""
 import sys
 import time
 
@@ -49,10 +52,15 @@ def track(points, found=None, rate=25):
 
 
 def talk(bundled, n=100, seed=1, opening=0.15, smile=0.0):
-    """A driver who nods slowly, opens the mouth every second and blinks every other: -> points, opening of the lips (n,)."""
+    """A driver who nods slowly, opens the mouth every second and blinks every other.
+
+    -> points, opening of the lips (n,).
+    """
+    rng = np.random.default_rng(seed)
     t = np.arange(n) / 25
-    z = np.tile(np.random.default_rng(seed).multivariate_normal(np.zeros(len(bundled.basis)), bundled.between), (n, 1))
-    pose = np.c_[0.2 * np.sin(t), 0.1 * np.sin(1.7 * t), 0.1 * np.cos(t), np.full(n, np.log(80)), np.full((n, 2), 128)]
+    z = np.tile(rng.multivariate_normal(np.zeros(len(bundled.basis)), bundled.between), (n, 1))
+    pose = np.c_[0.2 * np.sin(t), 0.1 * np.sin(1.7 * t), 0.1 * np.cos(t),
+                 np.full(n, np.log(80)), np.full((n, 2), 128)]
     wanted = np.tile(face3d.gaps(bundled.mean), (n, 1))
     wanted[:, face3d.LIPS] = opening * np.maximum(0, np.sin(2 * np.pi * t))[:, None]
     wanted[n // 2 - 1:n // 2 + 2, face3d.LIDS] *= np.array([[0.5], [0.2], [0.5]])
@@ -67,7 +75,10 @@ def opened(points, bundled):
 # ------------------------------------------------------------------------------------------- the face itself
 
 def test_a_known_face_is_found_again(bundled):
-    """Structure from motion on points of four known directions: what is left is the noise, and the depth is right."""
+    """Structure from motion on points of four known directions.
+
+    What is left is the noise, and the depth is right.
+    """
     known = bundled._replace(basis=bundled.basis[:4], turn=np.zeros((5, 4)))
     learned = face3d.learn(draw(known, 400, noise=0.005)[0].reshape(80, 5, 68, 2), directions=4)
     points, *_ = draw(known, 200, seed=2)
@@ -92,14 +103,14 @@ def test_angles_are_of_the_rotation(bundled):
     pose = draw(bundled, 50)[1]
     assert np.allclose(face3d.angles(face3d.rotation(pose)), pose[:, :3])
     nose = face3d.project(np.array([[0.5, 0, 0, 0, 0, 0]]), bundled.mean[None])[0, 30]
-    assert nose[0] > 0.1                                                    # yaw > 0 looks to the picture's right
+    assert nose[0] > 0.1        # yaw > 0 looks to the picture's right
 
 
 def test_a_long_driver_is_fitted_in_seconds(bundled):
     points = np.tile(draw(bundled, 300)[0].astype(np.float32), (10, 1, 1))
     start = time.process_time()
     face3d.fit(points, bundled)
-    assert time.process_time() - start < 1                                  # 20 minutes, 30,000 frames: under 10 s
+    assert time.process_time() - start < 1      # 20 minutes, 30,000 frames: under 10 s
 
 
 def test_command_and_refusals(tmp_path, bundled):
@@ -125,7 +136,10 @@ def test_command_and_refusals(tmp_path, bundled):
 # -------------------------------------------------------------------------------------------------- who it is
 
 def test_identity_by_hand():
-    """One dimension, between 4, within 1: one photo at 5 counts 4 / (4 + 1); the frames of a clip less than photos."""
+    """One dimension, between 4, within 1: one photo at 5 counts 4 / (4 + 1).
+
+    The frames of a clip count less than photos.
+    """
     line = face3d.Face3D(None, None, None, None, np.array([[4.0]]), np.array([[1.0]]))
     assert adapt.identity(np.array([[5.0]]), [1], line)[0] == pytest.approx(4.0)
     assert adapt.identity(np.array([[5.0], [5.0]]), [1, 1], line)[0] == pytest.approx(5 * 4 / 4.5)
@@ -163,7 +177,8 @@ def test_a_still_head_is_still(bundled, rate):
 def test_blinks_and_plosives_keep_their_depth_and_nothing_is_late(bundled):
     clean, wanted = talk(bundled)
     rng = np.random.default_rng(0)
-    result = np.mean([smoothed(bundled, clean + rng.normal(0, 0.5, clean.shape)).opening for _ in range(8)], axis=0)
+    noisy = lambda: clean + rng.normal(0, 0.5, clean.shape)
+    result = np.mean([smoothed(bundled, noisy()).opening for _ in range(8)], axis=0)
     truth = opened(clean, bundled)
     lids, true_lids = result[:, face3d.LIDS].mean(1), truth[:, face3d.LIDS].mean(1)
     depth = lambda v: np.median(v) - v[50]
@@ -180,7 +195,8 @@ def test_nothing_is_smoothed_across_a_cut_and_no_face_has_no_vote(bundled):
     noise = np.random.default_rng(0).normal(0, 0.5, (40, 68, 2))
     points = np.concatenate([np.repeat(a, 20, 0), np.repeat(b, 20, 0)]) + noise
     found = np.ones(40, bool)
-    found[30:33], points[30:33] = False, points[20] + 40                    # a wrong bundled, which nobody may see
+    # a wrong bundled, which nobody may see
+    found[30:33], points[30:33] = False, points[20] + 40
     result = smoothed(bundled, points, found)
     assert (adapt.shots(face_box(points)) == np.repeat([0, 1], 20)).all()
     assert np.abs(result.pose[19] - result.pose[:20].mean(0))[4:].max() < 1
@@ -208,7 +224,8 @@ def test_a_laughing_photo_shuts_its_mouth(bundled):
     assert source.opening[face3d.LIPS].mean() > 0.25
     points, wanted = talk(bundled)
     for motion in ("relative", "absolute"):
-        lips = opened(adapt.adapt(track(points), source, motion, SIZE, bundled), bundled)[:, face3d.LIPS].mean(1)
+        driven = adapt.adapt(track(points), source, motion, SIZE, bundled)
+        lips = opened(driven, bundled)[:, face3d.LIPS].mean(1)
         assert lips.min() < 0.02 and lips.min() > 0
         assert np.polyfit(wanted[:, -1], lips, 1)[0] == pytest.approx(1, abs=0.05)
 
@@ -217,10 +234,12 @@ def test_lids_close_by_the_drivers_share(bundled):
     points, wanted = talk(bundled)
     blinking = laughing(bundled).copy()
     middle = (blinking[:, face3d.UPPER[:4]] + blinking[:, face3d.LOWER[:4]]) / 2
-    blinking[:, face3d.UPPER[:4]] = blinking[:, face3d.LOWER[:4]] = middle    # a photo in a blink opens its eyes, too
+    # a photo in a blink opens its eyes, too
+    blinking[:, face3d.UPPER[:4]] = blinking[:, face3d.LOWER[:4]] = middle
     for photo in (laughing(bundled), blinking):
         source = adapt.describe([photo], bundled)
-        lids = opened(adapt.adapt(track(points), source, "relative", SIZE, bundled), bundled)[:, face3d.LIDS].mean(1)
+        driven = adapt.adapt(track(points), source, "relative", SIZE, bundled)
+        lids = opened(driven, bundled)[:, face3d.LIDS].mean(1)
         assert np.median(lids) > 0.5 * face3d.gaps(bundled.mean)[face3d.LIDS].mean()
         assert lids[50] / np.median(lids) == pytest.approx(0.2, abs=0.05)
 
@@ -318,7 +337,8 @@ def drawn(path):
 
 def test_a_photo_and_its_person_file_give_the_same(command, bundled, capsys):
     drivers(bundled)
-    command("--photo", PHOTO, "--driver", "driver.npz", "--compare", "--out", "a.mp4", "--save-person", "p.pt")
+    command("--photo", PHOTO, "--driver", "driver.npz", "--compare", "--out", "a.mp4",
+            "--save-person", "p.pt")
     command("--person", "p.pt", "--driver", "driver.npz", "--compare", "--out", "b.mp4")
     command("--person", "p.pt", "--driver", "driver.npz", "--compare", "--out", "c.mp4", "--motion", "paper")
     assert np.abs(drawn("a.mp4") - drawn("b.mp4")).mean() < 1
