@@ -20,15 +20,20 @@ def test_crop_follows_its_definition(face):
     points[36:42], points[42:48], points[[48, 54]] = (100, 90), (140, 90), (120, 130)
     assert faces.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
     box = np.array([120.0, 100.0, 50.0])
-    assert faces.to_crop(np.array([[120.0, 100.0], [70.0, 50.0]]), box, 100) == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
+    centre, corner = (120.0, 100.0), (70.0, 50.0)
+    mapped = faces.to_crop(np.array([centre, corner]), box, 100)
+    assert mapped == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
 
 
 def test_a_crop_stays_in_the_picture_where_it_fits():
     image = np.zeros((100, 200, 3), np.uint8)
-    edges = lambda box: (box[0] + .5 - box[2], box[0] + .5 + box[2], box[1] + .5 - box[2], box[1] + .5 + box[2])
-    assert edges(faces.inside(np.array([100.0, 50.0, 30.0]), image)) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
-    assert edges(faces.inside(np.array([10.0, 90.0, 30.0]), image)) == pytest.approx((0, 60, 40, 100))               # moved
-    assert edges(faces.inside(np.array([10.0, 90.0, 70.0]), image)) == pytest.approx((0, 140, -20, 120))             # too high: in the middle
+
+    def edges(*box):
+        x, y, half = faces.inside(np.array(box), image)
+        return x + .5 - half, x + .5 + half, y + .5 - half, y + .5 + half
+    assert edges(100.0, 50.0, 30.0) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
+    assert edges(10.0, 90.0, 30.0) == pytest.approx((0, 60, 40, 100))               # moved
+    assert edges(10.0, 90.0, 70.0) == pytest.approx((0, 140, -20, 120))     # too high: in the middle
 
 
 def test_points_stay_on_the_same_pixels_in_the_crop():
@@ -51,7 +56,8 @@ def test_boxes_of_a_video_are_steady():
     rng = np.random.default_rng(0)
     face = np.zeros((68, 2))
     face[36:42], face[42:48], face[[48, 54]] = (100, 90), (140, 90), (120, 130)
-    points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]  # jitter on a slow walk
+    # jitter on a slow walk
+    points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]
     boxes = faces.steady_boxes(points, np.arange(100) / 25)
     assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(faces.face_box(points)[:, 0])).max()
     assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5       # but it follows
@@ -59,7 +65,8 @@ def test_boxes_of_a_video_are_steady():
 
 def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
     points = detect(np.asarray(Image.open(PHOTO)))
-    assert points.shape == (68, 2) and points[30] == pytest.approx((224, 120), abs=12)      # the tip of her nose
+    assert points.shape == (68, 2)
+    assert points[30] == pytest.approx((224, 120), abs=12)      # the tip of her nose
     assert points[36, 0] < points[45, 0] and points[36:48, 1].max() < points[48:, 1].min()
     assert detect(np.zeros((300, 200, 3), np.uint8)) is None
 
@@ -77,10 +84,12 @@ def test_photos_of_every_kind(tmp_path):
     assert picture(tmp_path / "b.jpg", rgb, exif=exif).shape == (30, 20, 3)
     assert picture(tmp_path / "c.png", Image.new("L", (30, 20), 77))[0, 0].tolist() == [77] * 3
     assert picture(tmp_path / "d.png", Image.new("RGBA", (30, 20), (9, 9, 9, 0)))[0, 0].tolist() == [255] * 3
-    assert picture(tmp_path / "e.png", Image.fromarray(np.full((4, 4), 65535, np.uint16)))[0, 0].tolist() == [255] * 3
-    assert picture(tmp_path / "f.png", Image.fromarray(np.full((4, 4), 32768, np.uint16))).max() < 140
+    deep = lambda level: Image.fromarray(np.full((4, 4), level, np.uint16))
+    assert picture(tmp_path / "e.png", deep(65535))[0, 0].tolist() == [255] * 3
+    assert picture(tmp_path / "f.png", deep(32768)).max() < 140
     assert picture(tmp_path / "g.jpg", Image.new("CMYK", (30, 20))).shape == (20, 30, 3)
-    assert picture(tmp_path / "h.gif", rgb.convert("P"), save_all=True, append_images=[rgb.convert("P")]).shape == (20, 30, 3)
+    animated = dict(save_all=True, append_images=[rgb.convert("P")])
+    assert picture(tmp_path / "h.gif", rgb.convert("P"), **animated).shape == (20, 30, 3)
     assert picture(tmp_path / "i.png", Image.new("LA", (30, 20), (0, 0)))[0, 0].tolist() == [255] * 3
 
 
@@ -115,7 +124,7 @@ def saved_again(image, **options):
 @pytest.mark.parametrize("quality", [95, 80, 60, 40])
 @pytest.mark.parametrize("side", [512, 480, 640])
 def test_the_face_is_taken_and_not_the_patch(detect, quality, side):
-    """In ordinary re-savings of the astronaut a mission patch has the larger box, and a score of next to nothing."""
+    """In ordinary re-savings her mission patch has the larger box, and a score of next to nothing."""
     image = Image.open(PHOTO).resize((side, side), Image.LANCZOS)
     points = detect(saved_again(image, format="JPEG", quality=quality))
     scale = side / 512
@@ -137,14 +146,17 @@ def test_which_face_and_the_words_on_it():
     box = lambda x, width: (x - width / 2, 100 - width / 2, x + width / 2, 100 + width / 2)
     left, right = faces.Face(box(100, 80), 2.0), faces.Face(box(300, 90), 1.9)
     patch = faces.Face(box(200, 150), 0.1)
-    assert faces.which_face([left, right, patch], image) is right                # the larger of two that are sure
+    # the larger of two that are sure
+    assert faces.which_face([left, right, patch], image) is right
     assert faces.which_face([left, patch], image) is left
-    assert "2 faces in x.jpg: took the one on the right; crop the photo" in faces.words_on_choice([left, right, patch], right, "x.jpg")
+    said = faces.words_on_choice([left, right, patch], right, "x.jpg")
+    assert "2 faces in x.jpg: took the one on the right; crop the photo" in said
     assert faces.words_on_choice([left, patch], left, "x.jpg") is None           # that was no choice
     middle = faces.Face(box(210, 60), 2.0)
     assert faces.where(middle, [left, middle, right]) == "in the middle"
     beside = faces.Face(box(30, 70), 2.0)
-    assert faces.which_face([beside, middle], image) is middle                  # nearly as large, and in the middle
+    # nearly as large, and in the middle
+    assert faces.which_face([beside, middle], image) is middle
 
 
 def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
@@ -192,8 +204,9 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     (tmp_path / "c.jpg").write_text("no picture")
     config = Config(64, landmarks="dlib")
+    photos = [tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"]
     with pytest.raises(UserError) as e:
-        finetune.load_parts([tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"], config, detect)
+        finetune.load_parts(photos, config, detect)
     assert all(name in str(e.value) for name in ("a.png", "b.png", "c.jpg")) and "\n" not in str(e.value)
 
 
@@ -213,8 +226,8 @@ def wide_gamut():
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count = int.from_bytes(profile[128:132], "big")
     tags = {bytes(profile[132 + 12 * k:136 + 12 * k]): 132 + 12 * k for k in range(count)}
-    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
-    profile[red + 4:red + 12], profile[green + 4:green + 12] = profile[green + 4:green + 12], profile[red + 4:red + 12]
+    red, green = (slice(tags[tag] + 4, tags[tag] + 12) for tag in (b"rXYZ", b"gXYZ"))
+    profile[red], profile[green] = profile[green], profile[red]
     return bytes(profile)
 
 
@@ -227,14 +240,16 @@ def test_colour_profiles_are_obeyed(tmp_path):
     assert media.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
     red.save(tmp_path / "d.png", icc_profile=b"damaged")
     assert media.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
-    red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())         # of another mode than the picture
+    # of another mode than the picture
+    red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())
     assert np.ptp(media.read_photo(tmp_path / "e.png")[4, 4]) == 0
 
 
 def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
     Image.fromarray(face).save(tmp_path / "a.jfif", "JPEG", quality=95)
     assert np.abs(media.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
-    with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:            # as a phone's: one HEVC or H.264 picture
+    # as a phone's: one HEVC or H.264 picture
+    with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=1, options={"crf": "5"})
         stream.height, stream.width, stream.pix_fmt = *face.shape[:2], "yuv420p"
         out.mux(stream.encode(av.VideoFrame.from_ndarray(face, format="rgb24")))
