@@ -6,16 +6,19 @@ What takes long is done in a short form here; the long form takes two hours:
 
 Run once in full on one core of a Xeon, it gave:
 
-    30 x kill -9 at random moments of meta_train.py,    every file absent or whole; the final tensors, videos and losses
-    data.py, finetune.py and infer.py each              equal those of a run that was never killed
-    2,400 mutated photos, videos, tracks, .mat files    a result or one line of error each; none took 30 s, memory under 2 GB
-    and checkpoints
-    a driver of 20 minutes (30,000 frames)              every frame there, sound in step to a frame; memory while tracking
-                                                        675 MB in the second minute, 694 MB in the last, while rendering
+    30 x kill -9 at random moments of meta_train.py,    every file absent or whole; the final tensors,
+    data.py, finetune.py and infer.py each              videos and losses equal those of a run that
+                                                        was never killed
+    2,400 mutated photos, videos, tracks, .mat files    a result or one line of error each; none took
+    and checkpoints                                     30 s, memory under 2 GB
+    a driver of 20 minutes (30,000 frames)              every frame there, sound in step to a frame;
+                                                        memory while tracking 675 MB in the second
+                                                        minute, 694 MB in the last, while rendering
                                                         763 and 762 MB
     2,000 toy training steps                            796 MB in the third and in the last quarter
-    all tests on the lower bounds of requirements.txt   pass, after three of the bounds, which were too low, had been raised
-    (torch 2.5.1, numpy 1.26.4, Pillow 10.1, PyAV 14.2)
+    all tests on the lower bounds of requirements.txt   pass, after three of the bounds, which were
+    (torch 2.5.1, numpy 1.26.4, Pillow 10.1,            too low, had been raised
+    PyAV 14.2)
 """
 import csv
 import ctypes
@@ -39,8 +42,8 @@ from PIL import Image
 
 import infer
 from config import Config
-from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed, tensors, torchrun,
-                      write_clip)
+from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed,
+                      tensors, torchrun, write_clip)
 from data import Episodes, PreparedVideos, draw_landmarks, prepare
 from files import UserError
 from media import read_photo, read_video, to_rgb
@@ -55,15 +58,18 @@ def slow(request):
 
 
 def start(*args, cwd, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True, **options)
+    command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                            start_new_session=True, **options)
 
 
 @pytest.fixture(scope="module")
 def short_track(tmp_path_factory):
     path = tmp_path_factory.mktemp("track") / "short.npz"
     with np.load(TRACK) as track:
-        np.savez(path, **{k: track[k][:6] if track[k].ndim and len(track[k]) > 6 else track[k] for k in track})
+        short = lambda values: values[:6] if values.ndim and len(values) > 6 else values
+        np.savez(path, **{k: short(track[k]) for k in track})
     return path
 
 
@@ -81,20 +87,28 @@ def prepared(tmp_path_factory, face):
 
 # ------------------------------------------------------------------------------------------------- kills
 
-# What is on the disk when the short form kills: a checkpoint to resume from, sequences that are done, a video half written.
+# What is on the disk when the short form kills: a checkpoint to resume from, sequences that are done,
+# a video half written.
 MOMENTS = {"meta_train": "out/step-6.pt", "data": "out/?.mp4.pt", "infer": "out.mp4.*.tmp"}
 
 
 @pytest.mark.parametrize("stage", ["meta_train", "data", "finetune", "infer"])
 def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
-    """kill -9, with --slow at 30 random moments: every file is absent or whole, the work goes on, and ends as if never killed."""
+    """kill -9, with --slow at 30 random moments: every file is absent or whole.
+
+    The work goes on, and ends as if never killed.
+    """
     if stage == "finetune" and not slow:
         pytest.skip("writes its file as infer.py does")
     command = {
-        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9", "--steps", "40" if slow else "16", "--save-every", "5" if slow else "3", "--out", "out", "--resume"],
-        "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib", "--image-size", "64"],
+        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9",
+                       "--steps", "40" if slow else "16", "--save-every", "5" if slow else "3",
+                       "--out", "out", "--resume"],
+        "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib",
+                 "--image-size", "64"],
         "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--out", "out.pt"],
-        "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", TRACK, "--out", "out.mp4", "--save-person", "out.pt",
+        "infer": ["infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", TRACK,
+                  "--out", "out.mp4", "--save-person", "out.pt",
                   *([] if slow else ["--feed-forward"])],
     }[stage]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -105,7 +119,8 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
     else:
         succeed(*command, cwd=whole, start=script if slow else here)
     duration, rng = time.time() - began, random.Random(stage)
-    finished = lambda folder: sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".pt", ".mp4", ".png"))
+    finished = lambda folder: sorted(p.relative_to(folder) for p in folder.rglob("*")
+                                     if p.suffix in (".pt", ".mp4", ".png"))
     for kill in range(30 if slow else 1):
         process = start(*command, cwd=cut)
         if slow:
@@ -128,8 +143,10 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
     for path in finished(whole):
         if path.suffix == ".pt":
             assert same(tensors(cut / path), tensors(whole / path))
-        elif path.suffix == ".mp4":     # x264 now and then writes other bytes for the very same frames, 1 level away
-            a, b = ([f.to_ndarray(format="rgb24").astype(int) for f in read_video(folder / path)] for folder in (cut, whole))
+        elif path.suffix == ".mp4":
+            # x264 now and then writes other bytes for the very same frames, 1 level away
+            a, b = ([f.to_ndarray(format="rgb24").astype(int) for f in read_video(folder / path)]
+                    for folder in (cut, whole))
             assert np.abs(np.array(a) - b).mean() < 5 < np.abs(np.diff(b, axis=0)).mean()
         else:
             assert (cut / path).read_bytes() == (whole / path).read_bytes()
@@ -141,7 +158,8 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
 def test_a_signal_saves_and_leaves(tmp_path):
     numbers = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
     flags = ["meta_train.py", *TINY_FLAGS, "--out"]
-    processes = {run: start(*flags, run, "--steps", "100000", "--save-every", "100000", cwd=tmp_path) for run in numbers}
+    processes = {run: start(*flags, run, "--steps", "100000", "--save-every", "100000", cwd=tmp_path)
+                 for run in numbers}
     for run, process in processes.items():
         while not (tmp_path / run / "log.csv").exists():
             assert process.poll() is None
@@ -152,7 +170,8 @@ def test_a_signal_saves_and_leaves(tmp_path):
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + numbers[run] and len(said.splitlines()) == 1, said
         step = int(said.split("stopped at step ")[1].split()[0])
-        assert step > 0 and "--resume" in said and load_checkpoint(tmp_path / run / f"step-{step}.pt")["step"] == step
+        assert step > 0 and "--resume" in said
+        assert load_checkpoint(tmp_path / run / f"step-{step}.pt")["step"] == step
         succeed(*flags, run, "--save-every", "1", "--steps", step + 1, "--resume", cwd=tmp_path)
         assert (tmp_path / run / f"step-{step + 1}.pt").exists()
 
@@ -176,12 +195,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
 
 
 def two_ranks(folder, out, steps, change, *flags):
-    """meta_train.py on two ranks, with `change` after each step; a restart goes on from step 4. Each leaves its E, G and D."""
+    """meta_train.py on two ranks, with `change` after each step; a restart goes on from step 4.
+
+    Each leaves its E, G and D.
+    """
     (folder / "program.py").write_text(f"""
 import os, signal, sys, torch
-sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["meta_train.py", *{TINY_FLAGS!r}, "--steps", "{steps}", "--save-every", "2", "--out", {out!r}]
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["meta_train.py", *{TINY_FLAGS!r}, "--steps", "{steps}", "--save-every", "2",
+            "--out", {out!r}]
 import files, meta_train
-rank, restarts, train_step = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]), meta_train.train_step
+rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+train_step = meta_train.train_step
 step = 4 * restarts
 def changed(E, G, D, *rest, **named):
     global step
@@ -207,7 +232,8 @@ def live(tmp_path_factory):
 def test_two_ranks_share_e_and_g_and_part_in_d(live):
     (E0, G0, D0), (E1, G1, D1) = (torch.load(live / f"live-rank-{r}", weights_only=True) for r in (0, 1))
     assert same(E0, E1) and same(G0, G1)
-    assert not torch.equal(D0["V.blocks.0.conv1.parametrizations.weight.original"], D1["V.blocks.0.conv1.parametrizations.weight.original"])
+    weight = "V.blocks.0.conv1.parametrizations.weight.original"
+    assert not torch.equal(D0[weight], D1[weight])
     states = [torch.load(live / f"live/step-8.rank-{r}.state", weights_only=True) for r in (0, 1)]
     a, b = (s["optimizers"][0]["state"] for s in states)
     assert all(torch.equal(a[k]["exp_avg_sq"], b[k]["exp_avg_sq"]) for k in a)  # equal gradients
@@ -216,18 +242,23 @@ def test_two_ranks_share_e_and_g_and_part_in_d(live):
     portable = tensors(live / "live/step-8.pt")
     assert torch.equal(portable["w0"], states[0]["D"]["w0"]) and "W" not in portable
     line = fail("meta_train.py", *TINY_FLAGS, "--steps", "9", "--out", "live", "--resume", cwd=live)
-    assert "ranks was 2, now 1" in line                                         # the same number of ranks only
+    assert "ranks was 2, now 1" in line         # the same number of ranks only
 
 
 def test_a_rank_that_dies_is_started_again_and_all_agree_on_a_nan(live, tmp_path):
-    """Rank 1 is killed at step 5: torchrun's restart goes on from step 4 as if nothing had been. At step 9 it has a NaN."""
+    """Rank 1 is killed at step 5: torchrun's restart goes on from step 4 as if nothing had been.
+
+    At step 9 it has a NaN.
+    """
     change = ("if (rank, step, restarts) == (1, 5, 0): os.kill(os.getpid(), signal.SIGKILL)\n"
               "    if (rank, step) == (1, 9): values[2] = float('nan')")
     result = two_ranks(tmp_path, "die", 12, change, "--max-restarts", "1")
-    assert "exitcode: -9" in result.stderr and "Unable to shutdown" not in result.stderr    # the other rank left when it was told to
+    assert "exitcode: -9" in result.stderr
+    assert "Unable to shutdown" not in result.stderr    # the other rank left when it was told to
     assert same(tensors(tmp_path / "die/step-8.pt"), tensors(live / "live/step-8.pt"))
     assert result.returncode != 0 and not (tmp_path / "die/step-10.pt").exists()
-    assert result.stderr.count("error: step 9: fm is NaN or infinite. The last good checkpoint is die/step-8.pt") == 2
+    line = "error: step 9: fm is NaN or infinite. The last good checkpoint is die/step-8.pt"
+    assert result.stderr.count(line) == 2
 
 
 # -------------------------------------------------------------------------------------- numbers, data, disks
@@ -255,9 +286,10 @@ def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
     assert said.count(victim.name) == 1 and "Another sample" in said            # told once
     replaced = [a[0] == 0 for a in good]
     assert any(replaced) and all(b[0] != 0 for b in again)
-    assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)     # the others stay as they were
+    # the others stay as they were
+    assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)
     episodes = Episodes(PreparedVideos(broken), 2, 1, config=Config(by_frames=True))
-    assert all(episodes[n][0] != 0 for n in range(60))                          # it has no frames to be drawn by
+    assert all(episodes[n][0] != 0 for n in range(60))      # it has no frames to be drawn by
     for file in broken.glob("*.pt"):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
@@ -282,9 +314,10 @@ def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, slow, tmp_pa
     commands = {
         "meta_train": [*train, "--steps", "2", "--out", "run"],
         "infer": ["infer.py", *photo, "--out", "run/out.mp4"],
-        "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "run/out.pt"],
-        "data": ["data.py", "--videos", prepared / "videos", "--landmarks", "dlib", "--image-size", "512", "--workers", "1",
-                 "--out", "run"]}
+        "finetune": ["finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1",
+                     "--out", "run/out.pt"],
+        "data": ["data.py", "--videos", prepared / "videos", "--landmarks", "dlib",
+                 "--image-size", "512", "--workers", "1", "--out", "run"]}
     if hindrance is obey_permissions and not slow:
         del commands["finetune"], commands["data"]      # as infer.py and meta_train.py
     before, processes = {}, []
@@ -298,12 +331,15 @@ def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, slow, tmp_pa
         before |= {file: file.read_bytes() for file in (folder / "run").iterdir() if file.name != "log.csv"}
         if hindrance is obey_permissions:
             (folder / "run").chmod(0o555)
-            if not subprocess.run(["touch", folder / "run/new"], preexec_fn=hindrance, stderr=subprocess.DEVNULL).returncode:
+            touch = subprocess.run(["touch", folder / "run/new"], preexec_fn=hindrance,
+                                   stderr=subprocess.DEVNULL)
+            if not touch.returncode:
                 pytest.skip("this system does not hold root to permissions")
         processes.append(start(*command, cwd=folder, preexec_fn=hindrance))
     for process in processes:
         _, said = process.communicate(timeout=200)
-        assert process.returncode == 2 and "cannot write" in said.splitlines()[-1] and "Traceback" not in said, said
+        assert process.returncode == 2 and "cannot write" in said.splitlines()[-1], said
+        assert "Traceback" not in said, said
     assert all(file.read_bytes() == content for file, content in before.items())
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -318,17 +354,25 @@ class Bomb:
 def test_pickles_that_would_run_code_are_refused(tmp_path, checkpoint):
     torch.save(torch.load(checkpoint, weights_only=True) | {"x": Bomb()}, tmp_path / "bomb.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
-    np.savez(tmp_path / "bomb.npz", points=np.array([Bomb()], object), found=[True], pts=[0], time_base=[1, 25], detector="dlib")
+    np.savez(tmp_path / "bomb.npz", points=np.array([Bomb()], object), found=[True], pts=[0],
+             time_base=[1, 25], detector="dlib")
     for name in ("bomb.pt", "raw.pt"):
-        assert "is not a readable checkpoint" in fail("infer.py", "--photo", PHOTO, "--driver", TRACK, "--checkpoint", name, cwd=tmp_path)
-    assert "is not a landmark track" in fail("infer.py", "--photo", PHOTO, "--driver", "bomb.npz", "--checkpoint", checkpoint, cwd=tmp_path)
+        said = fail("infer.py", "--photo", PHOTO, "--driver", TRACK, "--checkpoint", name,
+                    cwd=tmp_path)
+        assert "is not a readable checkpoint" in said
+    said = fail("infer.py", "--photo", PHOTO, "--driver", "bomb.npz", "--checkpoint", checkpoint,
+                cwd=tmp_path)
+    assert "is not a landmark track" in said
     assert not (tmp_path / "exploded").exists()
 
 
 def png(width, height):
     """A PNG that claims a size and holds next to nothing."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    number = lambda n: struct.pack(">I", n)
+    chunk = lambda kind, body: number(len(body)) + kind + body + number(zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
+            + chunk(b"IEND", b""))
 
 
 def test_hostile_pictures(tmp_path, face, detect):
@@ -343,9 +387,11 @@ def test_hostile_pictures(tmp_path, face, detect):
     image.quantize(16).save(tmp_path / "palette.png")
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
     image.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", image.size)])
-    for name, found in (("dot.png", False), ("wide.png", False), ("cmyk.jpg", True), ("palette.png", True), ("deep.png", True), ("moving.gif", True)):
+    for name, found in (("dot.png", False), ("wide.png", False), ("cmyk.jpg", True),
+                        ("palette.png", True), ("deep.png", True), ("moving.gif", True)):
         picture = read_photo(tmp_path / name)
-        assert picture.ndim == 3 and picture.dtype == np.uint8 and (detect(picture) is not None) == found, name
+        assert picture.ndim == 3 and picture.dtype == np.uint8, name
+        assert (detect(picture) is not None) == found, name
 
 
 def test_odd_videos(tmp_path, face, capsys):
@@ -359,7 +405,7 @@ def test_odd_videos(tmp_path, face, capsys):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(face[:121, :161].copy(), format="rgb24")))
         out.mux(stream.encode())
     assert [to_rgb(f).shape for f in read_video(tmp_path / "deep.mkv")] == [(121, 161, 3)] * 3
-    parts = []                                                                  # the resolution changes in the middle
+    parts = []      # the resolution changes in the middle
     for k, size in enumerate(((160, 120), (320, 240))):
         with av.open(str(tmp_path / f"{k}.h264"), "w", format="h264") as out:
             stream = out.add_stream("libx264", rate=25)
@@ -397,11 +443,13 @@ detect = landmark_detector("dlib")
 read = {
     ".jpg": lambda p: list(faces_in(p, detect, 64)), ".png": lambda p: list(faces_in(p, detect, 64)),
     ".mp4": lambda p: track_video(p, detect, complain=lambda m: None),
-    ".npz": lambda p: load_track(p).in_crops(64), ".mat": read_matconvnet, ".pt": lambda p: load_networks(load_checkpoint(p)),
+    ".npz": lambda p: load_track(p).in_crops(64), ".mat": read_matconvnet,
+    ".pt": lambda p: load_networks(load_checkpoint(p)),
 }
 seeds, rng, slowest, used = sorted(Path("seeds").iterdir()), random.Random(0), 0, 0
 for n in range(int(sys.argv[1]) if __name__ == "__main__" else 0):
-    seed = seeds[1 + n %% (len(seeds) - 1)] if n %% 30 else seeds[0]    # a .mat takes a process and seconds: fewer of them
+    # a .mat takes a process and seconds: fewer of them
+    seed = seeds[1 + n %% (len(seeds) - 1)] if n %% 30 else seeds[0]
     data = bytearray(seed.read_bytes())
     for _ in range(rng.choice((1, 3, 30))):
         kind, at = rng.random(), rng.randrange(len(data))
@@ -426,7 +474,7 @@ print(used, f"{slowest:.1f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_fuzz(slow, tmp_path, face, checkpoint):
-    """Mutated photos, videos, tracks, .mat files and checkpoints: a result or a UserError of one line, nothing else."""
+    """Mutated files of all kinds: a result or a UserError of one line, nothing else."""
     from scipy.io import savemat
     seeds = tmp_path / "seeds"
     seeds.mkdir()
@@ -434,11 +482,14 @@ def test_fuzz(slow, tmp_path, face, checkpoint):
     Image.fromarray(face).save(seeds / "b.png")
     write_clip(seeds / "c.mp4", moving(face, 5), np.arange(5) * 512)
     (seeds / "d.npz").write_bytes(TRACK.read_bytes())
-    layer = {"type": "conv", "name": "conv1_1", "weights": np.array([np.zeros((3, 3, 3, 4), np.float32), np.zeros(4, np.float32)], object)}
-    savemat(seeds / "0.mat", {"layers": np.array([layer], object), "meta": {"normalization": {"averageImage": np.zeros(3)}}})
+    weights = np.array([np.zeros((3, 3, 3, 4), np.float32), np.zeros(4, np.float32)], object)
+    layer = {"type": "conv", "name": "conv1_1", "weights": weights}
+    savemat(seeds / "0.mat", {"layers": np.array([layer], object),
+                              "meta": {"normalization": {"averageImage": np.zeros(3)}}})
     (seeds / "f.pt").write_bytes(checkpoint.read_bytes())
     (tmp_path / "fuzz.py").write_text(FUZZ % {"root": str(ROOT), "tests": str(ROOT / "tests")})
-    result = subprocess.run([sys.executable, "fuzz.py", "2400" if slow else "60"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
+    result = subprocess.run([sys.executable, "fuzz.py", "2400" if slow else "60"], cwd=tmp_path,
+                            capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stderr[-3000:]
     used, slowest, peak = result.stdout.split()[-3:]
     assert int(used) > 0 and float(slowest) < 30 and int(peak) < 2e6, result.stdout
@@ -466,17 +517,26 @@ files.run(stage.main)
 
 
 def memory_of(*args, cwd):
-    """Run a script in a process of its own and watch its memory: times, bytes, and whether a temporary file is being written."""
-    result = subprocess.run([sys.executable, "-c", MEMORY % str(ROOT), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=7200)
+    """Run a script in a process of its own and watch its memory.
+
+    -> times, bytes, and whether a temporary file is being written.
+    """
+    result = subprocess.run([sys.executable, "-c", MEMORY % str(ROOT), *map(str, args)], cwd=cwd,
+                            capture_output=True, text=True, timeout=7200)
     assert result.returncode == 0, result.stderr[-3000:]
     return np.loadtxt(cwd / "memory.csv", delimiter=" ").T
 
 
 def test_a_long_driver(slow, tmp_path, face, checkpoint):
-    """12 seconds, with --slow 20 minutes and memory flat while tracking and while rendering: every frame there, sound in step to the end."""
+    """12 seconds, with --slow 20 minutes and memory flat while tracking and while rendering.
+
+    Every frame is there, and the sound in step to the end.
+    """
     seconds, frames = 1200 if slow else 12, moving(face, 60)
-    write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)), range(0, 25 * seconds * 512, 512))
-    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1", "--out", "p.pt", cwd=tmp_path)
+    write_clip(tmp_path / "long.mp4", (frames[k % 60] for k in range(25 * seconds)),
+               range(0, 25 * seconds * 512, 512))
+    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "1",
+            "--out", "p.pt", cwd=tmp_path)
     command = ["infer.py", "--person", "p.pt", "--driver", "long.mp4"]
     if slow:
         times, used, rendering = memory_of(*command, cwd=tmp_path)
@@ -485,9 +545,11 @@ def test_a_long_driver(slow, tmp_path, face, checkpoint):
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(tmp_path / "long.mp4")) as driver:
         ends = []
         for container in (result, driver):
-            ends += [[float((p.pts + p.duration) * p.time_base) for p in container.demux(kind) if p.size] for kind in (container.streams.video[0],)]
+            ends.append([float((p.pts + p.duration) * p.time_base)
+                         for p in container.demux(container.streams.video[0]) if p.size])
             container.seek(0)
-            ends += [[float(p.pts * p.time_base) for p in container.demux(container.streams.audio[0]) if p.size]]
+            ends.append([float(p.pts * p.time_base)
+                         for p in container.demux(container.streams.audio[0]) if p.size])
     video, sound, driver_video, driver_sound = ends
     assert len(video) == len(driver_video) == 25 * seconds and len(sound) == len(driver_sound)
     assert abs((video[-1] - sound[-1]) - (driver_video[-1] - driver_sound[-1])) < 1 / 25
@@ -495,22 +557,28 @@ def test_a_long_driver(slow, tmp_path, face, checkpoint):
         seconds, phase_used = times[rendering == phase], used[rendering == phase]
         second = phase_used[(seconds > seconds[0] + 60) & (seconds < seconds[0] + 120)].mean()
         last = phase_used[seconds > seconds[-1] - 60].mean()
-        print(f"{('tracking', 'rendering')[phase]} {seconds[-1] - seconds[0]:.0f} s: second minute {second / 1e6:.0f} MB, last minute {last / 1e6:.0f} MB")
+        print(f"{('tracking', 'rendering')[phase]} {seconds[-1] - seconds[0]:.0f} s: "
+              f"second minute {second / 1e6:.0f} MB, last minute {last / 1e6:.0f} MB")
         assert last < 1.05 * second
 
 
 def test_frames_are_rendered_as_they_are_asked_for(monkeypatch):
     """The reason why memory does not grow with the driver; measured with --slow above."""
     drawn = []
-    monkeypatch.setattr(infer, "draw_landmarks", lambda points, size: drawn.append(1) or draw_landmarks(points, size))
+    noted = lambda points, size: drawn.append(1) or draw_landmarks(points, size)
+    monkeypatch.setattr(infer, "draw_landmarks", noted)
     cfg, E, G, D = networks()
-    frames = infer.render(G.eval().fold(), G.project(torch.rand(1, 16))[0].detach(), np.random.rand(100, 68, 2).astype(np.float32) * 64, 64)
+    G.eval().fold()
+    psi = G.project(torch.rand(1, 16))[0].detach()
+    points = np.random.rand(100, 68, 2).astype(np.float32) * 64
+    frames = infer.render(G, psi, points, 64)
     next(frames)
     assert 1 <= len(drawn) <= 8
 
 
 def test_long_training_does_not_grow(slow, tmp_path):
-    times, used, _ = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "60", "--save-every", "10000", "--out", "run", cwd=tmp_path)
+    times, used, _ = memory_of("meta_train.py", *TINY_FLAGS, "--steps", "2000" if slow else "60",
+                               "--save-every", "10000", "--out", "run", cwd=tmp_path)
     quarter = len(used) // 4
     early, late = np.median(used[2 * quarter:3 * quarter]), np.median(used[3 * quarter:-5])
     print(f"memory in the third quarter {early / 1e6:.0f} MB, in the last {late / 1e6:.0f} MB")
@@ -519,13 +587,16 @@ def test_long_training_does_not_grow(slow, tmp_path):
 
 def test_the_same_seed_gives_the_same_tensors(tmp_path):
     for out in ("a", "b"):
-        succeed("meta_train.py", *TINY_FLAGS, "--steps", "3", "--augment", "--stills", "0.5", "--ema", "0.9", "--out", out, cwd=tmp_path)
+        succeed("meta_train.py", *TINY_FLAGS, "--steps", "3", "--augment", "--stills", "0.5",
+                "--ema", "0.9", "--out", out, cwd=tmp_path)
     assert same(tensors(tmp_path / "a/step-3.pt"), tensors(tmp_path / "b/step-3.pt"))
 
 
 def test_nothing_is_written_elsewhere(tmp_path, checkpoint, short_track):
     for name in ("home", "temporary", "work"):
         (tmp_path / name).mkdir()
-    succeed("infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track, cwd=tmp_path / "work", HOME=str(tmp_path / "home"),
-            TMPDIR=str(tmp_path / "temporary"), TORCH_HOME="", XDG_CACHE_HOME="", start=script)
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == ["work/result.mp4"]
+    succeed("infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track,
+            cwd=tmp_path / "work", HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "temporary"),
+            TORCH_HOME="", XDG_CACHE_HOME="", start=script)
+    written = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
+    assert written == ["work/result.mp4"]
