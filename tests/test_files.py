@@ -32,9 +32,10 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "null").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to("missing/a.mp4")
-    for path, words in (("/dev/null", "no regular file"), (tmp_path / "pipe", "no regular file"), (tmp_path, "a folder"),
-                        (tmp_path / "loop", "cannot write"), (tmp_path / "null", "no regular file"),
-                        (tmp_path / "nowhere", "no folder"), (tmp_path / ("a" * 256), "too long")):
+    for path, words in (("/dev/null", "no regular file"), (tmp_path / "pipe", "no regular file"),
+                        (tmp_path, "a folder"), (tmp_path / "loop", "cannot write"),
+                        (tmp_path / "null", "no regular file"), (tmp_path / "nowhere", "no folder"),
+                        (tmp_path / ("a" * 256), "too long")):
         with pytest.raises(UserError, match=words):
             check_paths([], [str(path)])
     with pytest.raises(UserError, match="no regular file"):
@@ -64,9 +65,12 @@ def test_a_mounted_file_is_written_into(tmp_path, monkeypatch):
 
 def test_all_bad_inputs_are_named_at_once(tmp_path):
     (tmp_path / "good").touch()
+    inputs = [str(tmp_path / "good"), str(tmp_path / "a.jpg"), None, str(tmp_path),
+              str(tmp_path / "b.jpg")]
     with pytest.raises(UserError) as e:
-        check_paths([str(tmp_path / "good"), str(tmp_path / "a.jpg"), None, str(tmp_path), str(tmp_path / "b.jpg")])
-    assert "a.jpg" in str(e.value) and "b.jpg" in str(e.value) and "is a folder" in str(e.value) and "good" not in str(e.value)
+        check_paths(inputs)
+    said = str(e.value)
+    assert "a.jpg" in said and "b.jpg" in said and "is a folder" in said and "good" not in said
     with pytest.raises(UserError, match="another output"):
         check_paths([], [str(tmp_path / "x"), str(tmp_path / "x")])
     with pytest.raises(UserError, match="also an input"):
@@ -89,12 +93,13 @@ def run(tmp_path, body, **options):
 
 
 def test_errors_of_one_line(tmp_path):
-    died = run(tmp_path, "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
-                         "dataloader workers are out of shared memory')")
+    died = run(tmp_path, "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. "
+                         "It is possible that dataloader workers are out of shared memory')")
     assert died.returncode == 2 and len(died.stderr.splitlines()) == 1 and "--shm-size" in died.stderr
     other = run(tmp_path, "raise RuntimeError('a fault of ours')")
     assert other.returncode == 1 and "Traceback" in other.stderr
-    names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')",
+                env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert names.returncode == 0 and "wrote caf" in names.stdout
 
 
@@ -102,5 +107,6 @@ def test_a_closed_stderr_takes_no_file_s_place(tmp_path):
     """Else the result would be opened as number 2, and the libraries would write their warnings into it."""
     body = "import os; f = open('result', 'w'); files.warn('lost'); os.write(2, b'lost'); f.write('whole')"
     command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT), body=body)]
-    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path, capture_output=True, timeout=120)
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path,
+                          capture_output=True, timeout=120)
     assert done.returncode == 0 and (tmp_path / "result").read_text() == "whole"

@@ -31,8 +31,9 @@ def test_a_grown_network_sees_what_the_small_one_saw(tmp_path):
     grow(*large, str(tmp_path / "small.pt"), large_cfg, episodes(128))
 
     frames, points = ToyHeads(4, 64).load(0, lambda count: range(4))
-    x, y = (to_float(part) for part in to_tensors(frames, points))              # (4, 3, 64, 64)
-    X, Y = (F.interpolate(part, scale_factor=2.0) for part in (x, y))           # which averages to x and y again
+    x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, 64, 64)
+    # what averages to x and y again
+    X, Y = (F.interpolate(part, scale_factor=2.0) for part in (x, y))
     with torch.no_grad():
         one = torch.ones(1, 32)
         psi, grown = small[1].eval().project(one), large[1].eval().project(one)
@@ -40,11 +41,11 @@ def test_a_grown_network_sees_what_the_small_one_saw(tmp_path):
         e, e_grown = small[0].eval()(x, y), large[0].eval()(X, Y)
         v, v_grown = small[2].eval().V(x, y)[0], large[2].eval().V(X, Y)[0]
     for old, new in ((e, e_grown), (v, v_grown)):
-        assert (old - new).norm() < 0.1 * old.norm()                            # not equal: the borders differ
+        assert (old - new).norm() < 0.1 * old.norm()        # not equal: the borders differ
     frames, points = ToyHeads(4, 128).load(3, lambda count: [0, 32])
     with torch.no_grad():
         e_3 = large[0].eval()(*(to_float(part) for part in to_tensors(frames, points))).mean(0)
-    assert torch.allclose(large[2].W[3], e_3, atol=1e-4)                        # the row is what E makes of two frames
+    assert torch.allclose(large[2].W[3], e_3, atol=1e-4)    # the row is what E makes of two frames
 
 
 def test_sizes_and_widths_that_do_not_fit(tmp_path):
@@ -61,7 +62,8 @@ def test_sizes_and_widths_that_do_not_fit(tmp_path):
 
 
 def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(meta_train, "ToyHeads", lambda heads, size, first=0: ToyHeads(min(heads, 20), size, first))
+    few = lambda heads, size, first=0: ToyHeads(min(heads, 20), size, first)
+    monkeypatch.setattr(meta_train, "ToyHeads", few)
     def train(out, *flags):
         command = ["meta_train.py", *TINY_FLAGS, "--steps", 1, "--out", tmp_path / out, *flags]
         monkeypatch.setattr("sys.argv", list(map(str, command)))
