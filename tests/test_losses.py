@@ -31,16 +31,16 @@ def test_feature_matching_by_hand():
     real = [torch.ones(1, 2, 2, 2, requires_grad=True), torch.ones(1, 1, requires_grad=True)]
     loss = feature_matching_loss(fake, real)
     loss.backward()
-    assert loss.item() == pytest.approx((1 + 2) / 2)                                    # a mean per block, then over blocks
+    assert loss.item() == pytest.approx((1 + 2) / 2)    # a mean per block, then over blocks
     assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
 
 
 def test_match_by_hand_is_per_embedding_and_moves_e_but_not_w():
-    e = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)                   # (B=1, K=2, N=2); mean 0
+    e = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)   # (B=1, K=2, N=2); mean 0
     w = torch.zeros(1, 2, requires_grad=True)
     loss = match_loss(e, w)
     loss.backward()
-    assert loss.item() == pytest.approx(0.5)                                            # of the mean it would be 0
+    assert loss.item() == pytest.approx(0.5)                            # of the mean it would be 0
     assert e.grad.abs().sum() > 0 and w.grad is None
 
 
@@ -52,16 +52,21 @@ def test_match_loss_reaches_the_embedder_only():
 
 
 def matconvnet(path, letter, meta, average, seed=0):
-    """A file as MatConvNet publishes them: a cell array of layers, with the mean under `meta` or, older, at the top."""
+    """A file as MatConvNet publishes them: a cell array of layers, and the mean.
+
+    The mean is under `meta` or, in older files, at the top.
+    """
     rng, c_in, cells = np.random.default_rng(seed), 3, []
     for width in cfgs[letter]:
         if width == "M":
-            cells.append({"type": "pool", "name": "pool", "method": "max", "pool": [2.0, 2.0], "stride": 2.0, "pad": 0.0})
+            cells.append({"type": "pool", "name": "pool", "method": "max", "pool": [2.0, 2.0],
+                          "stride": 2.0, "pad": 0.0})
             continue
         weights = np.empty((1, 2), object)
         weights[0, 0] = (rng.standard_normal((3, 3, c_in, width)) * (2 / (9 * c_in)) ** .5).astype(np.float32)
         weights[0, 1] = rng.standard_normal((1, width)).astype(np.float32)
-        cells += [{"type": "conv", "name": "conv", "weights": weights, "pad": 1.0, "stride": 1.0}, {"type": "relu", "name": "relu"}]
+        cells += [{"type": "conv", "name": "conv", "weights": weights, "pad": 1.0, "stride": 1.0},
+                  {"type": "relu", "name": "relu"}]
         c_in = width
     weights = np.empty((1, 2), object)
     weights[0, 0], weights[0, 1] = np.zeros((1, 1, c_in, 10), np.float32), np.zeros((1, 10), np.float32)
@@ -69,8 +74,8 @@ def matconvnet(path, letter, meta, average, seed=0):
     cells.append({"type": "softmax", "name": "prob"})
     array = np.empty((1, len(cells)), object)
     array[0] = cells
-    normalization = {"averageImage": average, "imageSize": [224.0, 224.0, 3.0]}
-    savemat(path, {"layers": array, **({"meta": {"normalization": normalization}} if meta else {"normalization": normalization})})
+    mean = {"normalization": {"averageImage": average, "imageSize": [224.0, 224.0, 3.0]}}
+    savemat(path, {"layers": array, **({"meta": mean} if meta else mean)})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def files(tmp_path_factory):
     matconvnet(vgg19, "E", True, np.array([123.68, 116.779, 103.939]).reshape(1, 1, 3), 1)
     image = np.zeros((224, 224, 3), np.float32) + np.array([129.0, 104.0, 93.0], np.float32)
     image[:112] += 1
-    image[112:] -= 1                                                                    # an image: its mean counts
+    image[112:] -= 1        # an image: its mean counts
     matconvnet(vggface, "D", False, image, 2)
     return vgg19, vggface
 
@@ -104,15 +109,17 @@ def test_caffe_preprocessing_and_first_layer_by_hand(files):
     term = ContentLoss("vgg", *files).terms[0]
     x = torch.rand(1, 3, 16, 16) * 2 - 1
     pixels = (x[0].permute(1, 2, 0).double().numpy() + 1) / 2 * 255 - np.array([123.68, 116.779, 103.939])
-    patch = pixels[4:7, 7:10]                                                           # around row 5, column 8
+    patch = pixels[4:7, 7:10]       # around row 5, column 8
     expected = (patch[..., None] * filters).sum((0, 1, 2)) + read_matconvnet(files[0])[0][0][1].numpy()
     assert np.allclose(term(x)[0][0, :, 5, 8].numpy(), np.maximum(expected, 0), rtol=1e-3, atol=1e-2)
 
 
 def test_content_loss_is_the_weighted_sum_over_the_papers_layers(files):
-    loss, x, y = ContentLoss("vgg", *files), torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
+    loss = ContentLoss("vgg", *files)
+    x, y = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
     expected = 0
-    for (path, letter, weight, indices) in ((files[0], "E", .15, [1, 6, 11, 20, 29]), (files[1], "D", .025, [1, 6, 11, 18, 25])):
+    for (path, letter, weight, indices) in ((files[0], "E", .15, [1, 6, 11, 20, 29]),
+                                            (files[1], "D", .025, [1, 6, 11, 18, 25])):
         layers, mean = read_matconvnet(path)
         h, k, n = [(v + 1) / 2 * 255 - mean.view(1, 3, 1, 1) for v in (x, y)], 0, 0
         for width in cfgs[letter]:
@@ -131,7 +138,8 @@ def test_content_loss_trains_the_picture_and_nothing_else():
     x_hat, x = torch.zeros(1, 3, 8, 8, requires_grad=True), torch.full((1, 3, 8, 8), 0.25, requires_grad=True)
     value = loss(x_hat, x)
     assert value.item() == pytest.approx(100 * 0.25)
-    features = Features(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(inplace=True)), (1,), (0.,) * 3, (1.,) * 3, 1.0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(inplace=True))
+    features = Features(layers, (1,), (0.,) * 3, (1.,) * 3, 1.0)
     loss.terms.append(features.requires_grad_(False))
     loss(x_hat, x).backward()
     assert x_hat.grad.abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
@@ -145,16 +153,20 @@ def test_without_vggface_it_says_what_is_lost(files, capsys):
 def test_face_features_are_dlibs():
     """The embedding against dlib's own, of an aligned face; the term is the sum of relative differences."""
     photo, detect = read_photo(PHOTO), landmark_detector("dlib")
-    shape = dlib.full_object_detection(dlib.rectangle(0, 0, *photo.shape[1::-1]), [dlib.point(*p) for p in detect(photo).astype(int).tolist()])
+    points = [dlib.point(*p) for p in detect(photo).astype(int).tolist()]
+    shape = dlib.full_object_detection(dlib.rectangle(0, 0, *photo.shape[1::-1]), points)
     chip = dlib.get_face_chip(photo, shape, 150, 0.25)
-    want = np.array(dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat")).compute_face_descriptor(chip))
+    weights = dlib_model("dlib_face_recognition_resnet_model_v1.dat")
+    want = np.array(dlib.face_recognition_model_v1(weights).compute_face_descriptor(chip))
     x = to_float(torch.from_numpy(chip.transpose(2, 0, 1).copy())[None])
     loss = ContentLoss("l1", face=2.0)
     assert np.allclose(loss.face.activations(x)[-1][0].numpy(), want, atol=1e-5)
     x_hat = torch.zeros_like(x).requires_grad_()
-    relative = sum(((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(loss.face(x_hat), loss.face(x)))
+    relative = sum(((a - b).abs().mean() / b.abs().mean()).item()
+                   for a, b in zip(loss.face(x_hat), loss.face(x)))
     value = loss(x_hat, x)
-    assert value.item() == pytest.approx(100 * x.abs().mean().item() + 2 * relative, rel=1e-4) and loss(x, x).item() == 0
+    assert value.item() == pytest.approx(100 * x.abs().mean().item() + 2 * relative, rel=1e-4)
+    assert loss(x, x).item() == 0
     value.backward()
     assert x_hat.grad[..., 19:-19, 19:-19].abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
 
@@ -163,7 +175,8 @@ def test_files_that_are_no_such_networks(files, tmp_path):
     other = tmp_path / "other.mat"
     savemat(other, {"a": [1.0]})
     (tmp_path / "text.mat").write_text("not a mat file")
-    for path, words in ((other, "not a MatConvNet network"), (tmp_path / "text.mat", "not a MatConvNet network"),
+    for path, words in ((other, "not a MatConvNet network"),
+                        (tmp_path / "text.mat", "not a MatConvNet network"),
                         (tmp_path / "none.mat", "no file"), (files[1], "does not hold a VGG19")):
         with pytest.raises(UserError, match=words):
             ContentLoss("vgg", path)
@@ -179,7 +192,8 @@ def test_squeezenet_content_loss():
         loss = ContentLoss("squeeze")
     net, (x, y) = loss.terms[0], torch.rand(2, 1, 3, 64, 64) * 2 - 1
     mean, std = torch.tensor([.485, .456, .406]).view(3, 1, 1), torch.tensor([.229, .224, .225]).view(3, 1, 1)
-    h = [net.net[:2](((v + 1) / 2 - mean) / std) for v in (x, y)]               # relu of the first convolution, by torchvision's rules
+    # relu of the first convolution, by torchvision's rules
+    h = [net.net[:2](((v + 1) / 2 - mean) / std) for v in (x, y)]
     assert torch.allclose(net(x)[0], h[0], atol=1e-4) and len(net(x)) == 7
     expected = 40 * (x - y).abs().mean() + 0.2 * sum((a - b).abs().mean() for a, b in zip(net(x), net(y)))
     assert loss(x, y).item() == pytest.approx(expected.item(), rel=1e-5) and loss(x, x).item() == 0

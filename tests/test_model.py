@@ -9,7 +9,8 @@ import model
 from conftest import networks
 from files import UserError
 from config import Config
-from model import AdaBlock, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain, load_checkpoint
+from model import (AdaBlock, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain,
+                   load_checkpoint)
 
 
 def millions(module):
@@ -24,7 +25,8 @@ def test_parameter_counts_are_the_papers():
     assert [b.conv2.out_channels for b in E.net.blocks] == [64, 128, 256, 512, 512, 512]
     assert [b.conv2.out_channels for b in D.V.blocks] == [64, 128, 256, 512, 512, 512, 512]
     assert [b.conv2.out_channels for b in G.up] == [512, 256, 128, 64]
-    assert {net.out.out_channels for net in (E.net.attention, D.V.attention, G.attention_down, G.attention_up)} == {256}
+    attention = (E.net.attention, D.V.attention, G.attention_down, G.attention_up)
+    assert {net.out.out_channels for net in attention} == {256}
 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
@@ -34,15 +36,18 @@ def test_shapes_and_where_attention_sits(size):
     for name, net in (("E", E), ("G", G), ("D", D)):
         for path, module in net.named_modules():
             if isinstance(module, SelfAttention):
-                module.register_forward_hook(lambda m, a, out, key=f"{name}.{path}": seen.update({key: out.shape[-1]}))
+                note = lambda m, a, out, key=f"{name}.{path}": seen.update({key: out.shape[-1]})
+                module.register_forward_hook(note)
     x, y = torch.rand(2, 3, size, size) * 2 - 1, torch.rand(2, 3, size, size) * 2 - 1
     e = E(x, y)
     x_hat = G(y, e)
     score, features = D(x_hat, y, D.rows(torch.tensor([0, 3])) + D.w0)
     assert e.shape == (2, 16) and (e >= 0).all()
     assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
-    assert score.shape == (2,) and [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
-    assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32, "G.attention_up": min(64, max(32, size // 4))}
+    assert score.shape == (2,)
+    assert [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
+    assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32,
+                    "G.attention_up": min(64, max(32, size // 4))}
 
 
 def test_spectral_norm_on_every_conv_and_linear_layer_and_nothing_else():
@@ -96,7 +101,8 @@ def test_blocks_against_their_definition():
     h = block.conv2(F.relu(F.instance_norm(h)))
     assert torch.allclose(block(x), F.avg_pool2d(h + block.skip(x), 2), atol=1e-5)
     first = DownBlock(8, 16, first=True).eval()
-    assert torch.allclose(first(x), F.avg_pool2d(first.conv2(F.relu(first.conv1(x))) + first.skip(x), 2), atol=1e-5)
+    h = first.conv2(F.relu(first.conv1(x)))
+    assert torch.allclose(first(x), F.avg_pool2d(h + first.skip(x), 2), atol=1e-5)
     up, a, b = AdaBlock(8, 4, up=True).eval(), torch.randn(2, 16), torch.randn(2, 8)
     double = lambda t: t.repeat_interleave(2, 2).repeat_interleave(2, 3)
     kernel = up.conv1.weight                                                    # 3x3, spectrally normalised
@@ -116,7 +122,8 @@ def test_adain_clamps_before_it_scales_and_shifts():
     x = torch.cat([torch.randn(62), torch.tensor([100., -50.])]).reshape(1, 1, 8, 8).expand(1, 2, 8, 8)
     out = adain(x, torch.tensor([[1, -3, .5, 2.]]), clamp=3)
     z = ((x - x.mean()) / x.std(correction=0)).clamp(-3, 3)                     # 100 lies beyond 3 deviations
-    assert z.max() == 3 and torch.allclose(out, torch.cat([2 * z[:, :1] + .5, -2 * z[:, 1:] + 2], 1), atol=1e-4)
+    expected = torch.cat([2 * z[:, :1] + .5, -2 * z[:, 1:] + 2], 1)
+    assert z.max() == 3 and torch.allclose(out, expected, atol=1e-4)
 
 
 def test_the_clamp_of_a_config_reaches_every_adain(monkeypatch):
@@ -132,7 +139,8 @@ def test_self_attention_against_a_loop():
     attention, x = SelfAttention(16).eval(), torch.randn(1, 16, 4, 4)
     assert torch.equal(attention(x), x)                                         # gamma starts at 0
     attention.gamma.data.fill_(1.5)
-    q, k, v = attention.query(x)[0], F.max_pool2d(attention.key(x), 2)[0], F.max_pool2d(attention.value(x), 2)[0]
+    q, k = attention.query(x)[0], F.max_pool2d(attention.key(x), 2)[0]
+    v = F.max_pool2d(attention.value(x), 2)[0]
     h = torch.zeros(8, 4, 4)
     for r in range(4):
         for c in range(4):
@@ -141,7 +149,8 @@ def test_self_attention_against_a_loop():
     assert torch.allclose(attention(x), x + 1.5 * attention.out(h[None]), atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [dict(image_size=100), dict(image_size=1024), dict(min_channels=4), dict(min_channels=64, max_channels=32)])
+@pytest.mark.parametrize("wrong", [dict(image_size=100), dict(image_size=1024),
+                                   dict(min_channels=4), dict(min_channels=64, max_channels=32)])
 def test_config_refuses_what_cannot_be_built(wrong):
     with pytest.raises(UserError):
         Config(**wrong)
@@ -149,6 +158,7 @@ def test_config_refuses_what_cannot_be_built(wrong):
 
 def test_checkpoint_loads_under_weights_only_and_is_flat(checkpoint):
     state = torch.load(checkpoint, weights_only=True)
-    assert {"config", "w0", "b", "E.net.attention.gamma", "V.attention.gamma", "G.attention_up.gamma"} <= state.keys()
+    names = {"config", "w0", "b", "E.net.attention.gamma", "V.attention.gamma", "G.attention_up.gamma"}
+    assert names <= state.keys()
     assert all(isinstance(v, (torch.Tensor, str, int, dict)) for v in state.values())
     assert load_checkpoint(checkpoint)["config"] == networks()[0]
