@@ -46,7 +46,7 @@ def test_whom_a_puppet_shows():
     at = lambda *degrees: np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
     vectors = at(0, 20, 50, 80)
     photo, others, driver = at(0)[0], at(30, 50), at(0, 10, 90, 90)
-    people = at(40, 81)                                             # by their hold-out frames; we are the first
+    people = at(40, 81)         # by their hold-out frames; we are the first
     figures = metrics.likeness(vectors, photo, others, driver, people, 0)
     cos = lambda degrees: np.cos(np.radians(degrees))
     csim = [(cos(30) + cos(50)) / 2, (cos(10) + cos(30)) / 2, (cos(20) + 1) / 2, (cos(50) + cos(30)) / 2]
@@ -55,12 +55,14 @@ def test_whom_a_puppet_shows():
     assert figures["csim_driver"] == pytest.approx(np.mean([cos(0), cos(10), cos(40), cos(10)]))
     assert figures["nearer_driver"] == 3 / 4                        # 1 > .75, .98 > .93, .77 < .97, .98 > .75
     assert figures["first"] == 3 / 4                                # all but the one at 80 degrees
-    assert not {"csim_driver", "nearer_driver"} & set(metrics.likeness(vectors, photo, others, None, people, 0))
+    undriven = metrics.likeness(vectors, photo, others, None, people, 0)
+    assert not {"csim_driver", "nearer_driver"} & set(undriven)
 
 
 def test_how_movements_are_taken_over(bundled):
     """Half the driver's opening, the same yaw, the opposite roll; the second of five frames shows no face."""
-    lips, yaw, roll = np.array([.1, .3, .2, .05, .25]), np.linspace(-.2, .2, 5), np.array([0, .1, .05, -.1, 0])
+    lips = np.array([.1, .3, .2, .05, .25])
+    yaw, roll = np.linspace(-.2, .2, 5), np.array([0, .1, .05, -.1, 0])
     driver, result = talking(bundled, lips, yaw, roll), talking(bundled, lips / 2, yaw, -roll, scale=60)
     found = iter([result[0], None, *result[2:]])
     frames = np.zeros((5, 256, 256, 3), np.uint8)
@@ -90,7 +92,7 @@ def test_crossed_lips_and_changes(bundled):
     points[0, 66] = points[0, 62] - (0, 5)                          # the middle alone
     assert metrics.crossed(points, bundled) == 2 / 4
     frames = np.zeros((3, 2, 2, 3), np.uint8)
-    frames[1], frames[2, 0] = 250, 10                               # 250 everywhere; 240 in a half, 250 in the other
+    frames[1], frames[2, 0] = 250, 10       # 250 everywhere; 240 in a half, 250 in the other
     assert metrics.change(frames) == pytest.approx((250 + 245) / 2)
     assert np.isnan(metrics.change(frames[:1]))
 
@@ -102,7 +104,8 @@ def someone(who, photo, *others):
 def test_anchors_and_a_driver_who_is_the_person(capsys):
     """Two videos of one person are no strangers to each other."""
     east, west, north = [1., 0], [-1., 0], [0., 1]
-    people = {"a/1": someone("a", east, east, north), "a/2": someone("a", east, west), "b": someone("b", north, north)}
+    people = {"a/1": someone("a", east, east, north), "a/2": someone("a", east, west),
+              "b": someone("b", north, north)}
     strangers, same = puppeteer.anchors(people)
     assert strangers == pytest.approx(np.mean([0, 0, .5, 0]))       # a/1 - b, a/2 - b, b - a/1, b - a/2
     assert same == pytest.approx(np.mean([.5, -1, 1]))
@@ -119,7 +122,8 @@ def test_the_table_and_the_ranking():
     """Two people, two drivers; the figures of pairs are averaged by person first."""
     empty = dict.fromkeys(puppeteer.COLUMNS, "")
     rows = []
-    for video, driver, csims in (("a", "x", (.1, .2, .3)), ("a", "y", (.3, .2, .4)), ("b", "x", (.4, .5, .1))):
+    for video, driver, csims in (("a", "x", (.1, .2, .3)), ("a", "y", (.3, .2, .4)),
+                                 ("b", "x", (.4, .5, .1))):
         for motion, csim in zip(puppeteer.MOTIONS, csims):
             row = empty | {"video": video, "driver": driver, "motion": motion, "csim": csim, "first": .5}
             rows.append(report.as_numbers(row | {"csim_photo": csim + .1}))

@@ -39,7 +39,8 @@ def missing(text):
 
 def test_every_name_in_the_paper_table_exists():
     table = README.split("## From the paper to the code")[1].split("\n## ")[0]
-    assert missing("`model.Nothing` `Nothing.at_all` `model.conv`") == (["model.Nothing", "Nothing.at_all"], 3)
+    names = "`model.Nothing` `Nothing.at_all` `model.conv`"
+    assert missing(names) == (["model.Nothing", "Nothing.at_all"], 3)
     absent, there = missing(table)
     assert not absent and there > 30
     assert not re.findall(r"`\w+`", table)     # a name without its file would not be checked

@@ -1,8 +1,8 @@
 """The recipe of Sec. 3.2 and 3.3: what the stages compute, against references that spell out the paper's
 equations one frame at a time.
 
-Each of 60 mutants of the code (one update of D, e of the first frame, a weight left out, a sign, ...) fails one of
-these, or one of test_losses.py and test_model.py.
+Each of 60 mutants of the code (one update of D, e of the first frame, a weight left out, a sign, ...)
+fails one of these, or one of test_losses.py and test_model.py.
 """
 import copy
 import functools
@@ -50,7 +50,7 @@ def pictures(*shape):
 
 
 def near_the_hinge(D, w, x, y):
-    """By its b, scores about 1 for the frames x (B, 3, S, S) with w (B, N): some beyond the hinge, some not."""
+    """By its b, scores about 1 for x (B, 3, S, S) with w (B, N): some beyond the hinge, some not."""
     with torch.no_grad():
         D.b += 1 - ((D.V(x, y)[0] * w).sum(1) + D.b).mean()
 
@@ -217,7 +217,8 @@ def test_default_batch_and_k_are_the_papers(run):
     (shape, row, W), = seen
     assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}   # 1 + 8 frames (A.1)
     assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, 8, 16, 3, "dlib", "l1")
-    assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6     # W as it starts in a run
+    # W as it starts in a run
+    assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6
 
 
 def test_moving_average_by_hand(run):
@@ -282,7 +283,8 @@ def test_w_starts_like_the_embeddings():
     """W uniform about 0.5, of the embeddings' sign and of little spread; w0 about zero."""
     torch.manual_seed(0)
     D = Discriminator(Config(64, 8, 64, num_videos=500))
-    assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6 and D.W.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6
+    assert D.W.mean().item() == pytest.approx(0.5, abs=0.02)
     assert D.W.std().item() == pytest.approx(0.2 * 12 ** -.5, abs=0.005) and D.W[0].ne(D.W[1]).all()
     assert 0 < D.w0.abs().max() <= 1 / 8 and D.w0.min() < 0 < D.w0.max()
 
@@ -342,7 +344,10 @@ def test_finetune_is_eq_7_to_10(adversarial, double, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_stage_on_a_gpu(tmp_path, monkeypatch):
-    """Training, resumed; fine-tuning; rendering with and without it; scores: with CUDA, as the scripts choose it."""
+    """Training, resumed; fine-tuning; rendering with and without it; scores.
+
+    With CUDA, as the scripts choose it.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
