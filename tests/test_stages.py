@@ -21,30 +21,37 @@ from video import load_track, read_video, to_rgb
 # ------------------------------------------------------------------------------------------ meta-learning
 
 def test_meta_training_writes_what_it_promises(tmp_path):
-    said = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--save-every", "2", "--out", "run", cwd=tmp_path, start=script)
+    said = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--save-every", "2", "--out", "run",
+                   cwd=tmp_path, start=script)
     assert {f.name for f in (tmp_path / "run").iterdir()} == {
-        "log.csv", "samples-2.png", "samples-4.png", *(f"step-{n}{end}" for n in (2, 4) for end in (".pt", ".rank-0.state"))}
+        "log.csv", "samples-2.png", "samples-4.png",
+        *(f"step-{n}{end}" for n in (2, 4) for end in (".pt", ".rank-0.state"))}
     rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
-    assert [r["step"] for r in rows] == ["2", "4"] and {"cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"} <= rows[0].keys()
+    assert [r["step"] for r in rows] == ["2", "4"]
+    assert {"cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"} <= rows[0].keys()
     assert all(float(v) == float(v) for r in rows for v in r.values())
     lines = said.splitlines()
     assert len({len(line) for line in lines}) == 1 and "ETA" in lines[0]        # aligned
     config = load_checkpoint(tmp_path / "run/step-4.pt")["config"]
     assert (config.landmarks, config.content, config.num_videos, config.K) == ("dlib", "l1", 1000, 2)
-    assert "is finished" in succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--out", "run", "--resume", cwd=tmp_path)
+    again = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--out", "run", "--resume",
+                    cwd=tmp_path)
+    assert "is finished" in again
 
 
 def test_only_the_last_two_checkpoints_stay_and_only_the_same_run_resumes(tmp_path):
     flags = ["meta_train.py", *TINY_FLAGS, "--out", "run"]
     succeed(*flags, "--steps", 3, "--save-every", 1, cwd=tmp_path)
-    assert sorted(f.name for f in tmp_path.glob("run/step-*")) == ["step-2.pt", "step-2.rank-0.state", "step-3.pt", "step-3.rank-0.state"]
+    left = sorted(f.name for f in tmp_path.glob("run/step-*"))
+    assert left == ["step-2.pt", "step-2.rank-0.state", "step-3.pt", "step-3.rank-0.state"]
     assert "add --resume" in fail(*flags, "--steps", 4, cwd=tmp_path)
     assert "seed was 0, now 7" in fail(*flags, "--steps", 4, "--resume", "--seed", 7, cwd=tmp_path)
     assert "K was 2, now 3" in fail(*flags, "--steps", 4, "--resume", "--K", 3, cwd=tmp_path)
 
 
 def test_training_learns_on_toy_heads(tmp_path):
-    succeed("meta_train.py", *TINY_FLAGS, "--steps", 30, "--save-every", 10, "--lr", 4e-3, "--batch", 4, "--out", "run", cwd=tmp_path)
+    succeed("meta_train.py", *TINY_FLAGS, "--steps", 30, "--save-every", 10, "--lr", 4e-3,
+            "--batch", 4, "--out", "run", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
     assert float(rows[-1]["cnt"]) < 0.9 * float(rows[0]["cnt"])
 
@@ -67,10 +74,12 @@ def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
     V = D.V.blocks[0].conv1.weight.detach().clone()
     with torch.no_grad():
         e_new = torch.stack([E(x[t:t + 1], y[t:t + 1])[0] for t in range(T)]).mean(0)
-        psi_start, w_start = G.project(e_new[None])[0], D.w0 + e_new            # eq. 7; psi' = P e_NEW; w' = w0 + e_NEW
+        # eq. 7; psi' = P e_NEW; w' = w0 + e_NEW
+        psi_start, w_start = G.project(e_new[None])[0], D.w0 + e_new
     assert torch.allclose(embed(E, x, y), e_new, atol=1e-5)
     psi0, w0, history = finetune(E, G, D, x, y, cfg, None, epochs=0)
-    assert torch.allclose(psi0, psi_start, atol=1e-5) and torch.allclose(w0, w_start, atol=1e-5) and history == []
+    assert torch.allclose(psi0, psi_start, atol=1e-5) and torch.allclose(w0, w_start, atol=1e-5)
+    assert history == []
     psi, w, history = finetune(E, G, D, x, y, cfg, ContentLoss("l1"), epochs=3)
     assert len(history) == 3 * -(-T // 8) and history[-1].keys() == {"cnt", "adv", "fm", "dsc"}
     assert (psi != psi_start).all() and (w != w_start).any()
@@ -86,28 +95,40 @@ def test_fine_tuning_fits_the_person():
 
 
 def test_the_switches_of_the_ablations(tmp_path, checkpoint):
-    """A.2: without L'_ADV D's features no longer matter; random starts change psi' or w'; an FF checkpoint may start from a random w'."""
+    """A.2: without L'_ADV D's features no longer matter; random starts change psi' or w'.
+
+    An FF checkpoint may start from a random w'.
+    """
     def run(*flags, ckpt=checkpoint):
-        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", 3, "--out", "p.pt", *flags, cwd=tmp_path)
+        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", 3,
+                "--out", "p.pt", *flags, cwd=tmp_path)
         return tensors(tmp_path / "p.pt")
     state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"w0": state["w0"] * 0, "V.blocks.0.conv1.bias": state["V.blocks.0.conv1.bias"] + 1}, tmp_path / "other-D.pt")
+    other = {"w0": state["w0"] * 0, "V.blocks.0.conv1.bias": state["V.blocks.0.conv1.bias"] + 1}
+    torch.save(state | other, tmp_path / "other-D.pt")
     plain, no_adversarial = run(), run("--no-adversarial")
-    assert not same(plain, run(ckpt=tmp_path / "other-D.pt")) and same(no_adversarial, run("--no-adversarial", ckpt=tmp_path / "other-D.pt"))
-    assert len({tuple(run("--random", what)["psi"].tolist()) for what in ("e", "psi", "w")} | {tuple(plain["psi"].tolist())}) == 4
+    assert not same(plain, run(ckpt=tmp_path / "other-D.pt"))
+    assert same(no_adversarial, run("--no-adversarial", ckpt=tmp_path / "other-D.pt"))
+    starts = [plain, *(run("--random", what) for what in ("e", "psi", "w"))]
+    assert len({tuple(start["psi"].tolist()) for start in starts}) == 4
     torch.save(state | {"config": state["config"] | {"match": False}}, tmp_path / "ff.pt")
     run("--random", "w", ckpt=tmp_path / "ff.pt")
-    assert "without the match loss" in fail("finetune.py", "--photos", PHOTO, "--checkpoint", "ff.pt", "--random", "e", cwd=tmp_path)
+    said = fail("finetune.py", "--photos", PHOTO, "--checkpoint", "ff.pt", "--random", "e",
+                cwd=tmp_path)
+    assert "without the match loss" in said
 
 
 def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     untouched = checkpoint.read_bytes()
-    succeed("finetune.py", "--photos", PHOTO, clip, "--checkpoint", checkpoint, "--epochs", "2", "--out", "p.pt", cwd=tmp_path)
+    succeed("finetune.py", "--photos", PHOTO, clip, "--checkpoint", checkpoint, "--epochs", "2",
+            "--out", "p.pt", cwd=tmp_path)
     assert checkpoint.read_bytes() == untouched
     G, psi = load_person(load_checkpoint(tmp_path / "p.pt", kind="person"))
     assert psi.shape == (sum(G.psi_sizes),) and not any(k.startswith("P.") for k in G.state_dict())
-    said = succeed("infer.py", "--person", "p.pt", "--driver", clip, "--compare", "--save-track", "t.npz", cwd=tmp_path)
-    assert "no face in 2 of 20 frames" in said and "20 frames" in said and "the driver is the same person" in said
+    said = succeed("infer.py", "--person", "p.pt", "--driver", clip, "--compare",
+                   "--save-track", "t.npz", cwd=tmp_path)
+    assert "no face in 2 of 20 frames" in said and "20 frames" in said
+    assert "the driver is the same person" in said
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(clip)) as driver:
         stamps = [[float(f.pts * f.time_base) for f in c.decode(video=0)] for c in (result, driver)]
         assert stamps[0] == pytest.approx(stamps[1], abs=1e-6)                  # variable frame rate included
@@ -116,20 +137,22 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
         assert sound[0] == sound[1] and result.streams.video[0].width == 3 * 64
     assert len(load_track(tmp_path / "t.npz").pts) == 20
 
-    succeed("infer.py", "--person", "p.pt", "--driver", "t.npz", "--compare", "--motion", "absolute", "--out", "again.mp4",
-            cwd=tmp_path)
+    succeed("infer.py", "--person", "p.pt", "--driver", "t.npz", "--compare", "--motion", "absolute",
+            "--out", "again.mp4", cwd=tmp_path)
     a, b = ([to_rgb(f) for f in read_video(tmp_path / name)] for name in ("result.mp4", "again.mp4"))
-    assert np.array_equal(a, b)                                                 # a track drives as its video does
+    assert np.array_equal(a, b)         # a track drives as its video does
     assert not [f for f in tmp_path.iterdir() if "tmp" in f.name]
 
 
 def test_infer_from_a_photo_is_finetune_then_infer(tmp_path, checkpoint, clip, monkeypatch):
-    assert infer.EPOCHS == 40                                                   # as finetune.py's default, tested above
+    assert infer.EPOCHS == 40           # as finetune.py's default, tested above
     monkeypatch.setattr(infer, "EPOCHS", 4)
-    succeed("infer.py", "--photo", PHOTO, "--driver", clip, "--checkpoint", checkpoint, "--save-person", "a.pt", cwd=tmp_path)
-    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "4", "--out", "b.pt", cwd=tmp_path)
-    succeed("infer.py", "--photo", PHOTO, "--driver", clip, "--checkpoint", checkpoint, "--save-person", "ff.pt", "--feed-forward",
-            "--out", "ff.mp4", cwd=tmp_path)
+    succeed("infer.py", "--photo", PHOTO, "--driver", clip, "--checkpoint", checkpoint,
+            "--save-person", "a.pt", cwd=tmp_path)
+    succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "4",
+            "--out", "b.pt", cwd=tmp_path)
+    succeed("infer.py", "--photo", PHOTO, "--driver", clip, "--checkpoint", checkpoint,
+            "--save-person", "ff.pt", "--feed-forward", "--out", "ff.mp4", cwd=tmp_path)
     a, b, ff = (tensors(tmp_path / name) for name in ("a.pt", "b.pt", "ff.pt"))
     assert same(a, b) and not torch.equal(a["psi"], ff["psi"])
 
@@ -183,27 +206,34 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(out="full"), "it is a folder"),
 ])
 def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words):
-    use = {"photo": PHOTO, "driver": ROOT / "assets" / "speech.npz", "checkpoint": checkpoint, "out": "result.mp4"} | change
+    use = {"photo": PHOTO, "driver": ROOT / "assets" / "speech.npz", "checkpoint": checkpoint,
+           "out": "result.mp4"} | change
     arguments = [part for k, v in use.items() for part in (f"--{k}", v)]
-    if change == {"driver": "dark.mp4"}:                                        # the one that is found out frame by frame,
-        result = here("infer.py", *arguments, cwd=wrong)                        # under a progress bar
+    if change == {"driver": "dark.mp4"}:
+        # the one that is found out frame by frame, under a progress bar
+        result = here("infer.py", *arguments, cwd=wrong)
         assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
-    elif "checkpoint" in change and "vgg" in change["checkpoint"]:              # torch hub announces its download
+    elif "checkpoint" in change and "vgg" in change["checkpoint"]:
+        # torch hub announces its download
         result = here("infer.py", *arguments, cwd=wrong, TORCH_HOME=str(wrong))
-        assert result.returncode == 2 and words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
     else:
         assert words in fail("infer.py", *arguments, cwd=wrong)
     assert not (wrong / "result.mp4").exists()
 
 
 @pytest.mark.parametrize("arguments,words", [
-    (["infer.py", "--person", "CHECKPOINT", "--driver", str(ROOT / "assets/speech.npz")], "is a meta file; a person file is needed"),
+    (["infer.py", "--person", "CHECKPOINT", "--driver", str(ROOT / "assets/speech.npz")],
+     "is a meta file; a person file is needed"),
     (["finetune.py", "--photos", "dark.png", "--checkpoint", "CHECKPOINT"], "no face found in dark.png"),
     (["finetune.py", "--photos", str(PHOTO), "--epochs", "0"], "--epochs 0"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "ff.pt"], "without the match loss"),
-    (["infer.py", "--person", "CHECKPOINT", "--driver", "dark.mp4", "--feed-forward"], "leave out --feed-forward"),
+    (["infer.py", "--person", "CHECKPOINT", "--driver", "dark.mp4", "--feed-forward"],
+     "leave out --feed-forward"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
-    (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"], "it is also an input"),
+    (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"],
+     "it is also an input"),
     (["meta_train.py", "--data", "nowhere"], "--toy"),
     (["meta_train.py", "--data", "."], "not from data.py"),
     (["meta_train.py", "--toy", "--out", "text.jpg"], "cannot write to --out"),
@@ -215,7 +245,8 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["meta_train.py", "--toy", "--content", "vgg", "--vgg19", "none.mat"], "no file none.mat"),
 ])
 def test_other_stages_refuse_wrong_input_in_one_line(wrong, checkpoint, arguments, words):
-    assert words in fail(*(checkpoint if a == "CHECKPOINT" else a for a in arguments), cwd=wrong, TORCH_HOME=str(wrong))
+    arguments = [checkpoint if a == "CHECKPOINT" else a for a in arguments]
+    assert words in fail(*arguments, cwd=wrong, TORCH_HOME=str(wrong))
 
 
 def test_every_script_refuses_with_exit_code_2_and_one_line(wrong):
@@ -230,7 +261,9 @@ def test_every_script_refuses_with_exit_code_2_and_one_line(wrong):
 
 def test_a_failed_run_leaves_the_last_result_alone(wrong, checkpoint, tmp_path):
     (tmp_path / "result.mp4").write_bytes(b"precious")
-    assert here("infer.py", "--photo", PHOTO, "--driver", wrong / "dark.mp4", "--checkpoint", checkpoint, cwd=tmp_path).returncode == 2
+    result = here("infer.py", "--photo", PHOTO, "--driver", wrong / "dark.mp4",
+                  "--checkpoint", checkpoint, cwd=tmp_path)
+    assert result.returncode == 2
     assert (tmp_path / "result.mp4").read_bytes() == b"precious"
 
 
@@ -239,4 +272,5 @@ def test_the_bundled_checkpoint_and_track_work(tmp_path, monkeypatch):
     succeed("infer.py", "--photo", PHOTO, "--driver", ROOT / "assets/speech.npz", cwd=tmp_path)
     means = np.array([to_rgb(frame).mean() for frame in read_video(tmp_path / "result.mp4")])
     assert len(means) == len(load_track(ROOT / "assets/speech.npz").pts)
-    assert 40 < means.mean() < 200 and abs(np.diff(means)).max() < 4            # no frame dims or brightens at once
+    assert 40 < means.mean() < 200
+    assert abs(np.diff(means)).max() < 4        # no frame dims or brightens at once

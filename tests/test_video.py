@@ -26,10 +26,14 @@ def test_video_frames_times_and_sound_survive(tmp_path, clip):
     assert [float(f.pts * f.time_base) for f in back] == pytest.approx((pts / 12800).tolist())
     assert max(abs(media.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
     with av.open(str(tmp_path / "out.mp4")) as a, av.open(str(clip)) as b:
-        assert a.streams.video[0].codec_context.name == "h264" and a.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        picture = a.streams.video[0].codec_context
+        assert picture.name == "h264" and picture.pix_fmt == "yuv420p"
         sound = [[(p.pts * p.time_base, bytes(p)) for p in c.demux(audio=0) if p.size] for c in (a, b)]
     assert sound[0] == sound[1]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out.mp4"]
+
+def black(n):
+    return [np.zeros((32, 32, 3), np.uint8)] * n
 
 
 def write_sound(path, codec, rate=48000, frames=50):
@@ -40,7 +44,8 @@ def write_sound(path, codec, rate=48000, frames=50):
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
         for k in range(frames):
             out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-            noise = av.AudioFrame.from_ndarray(rng.uniform(-0.5, 0.5, (1, rate // 25)).astype(np.float32), format="fltp", layout="mono")
+            samples = rng.uniform(-0.5, 0.5, (1, rate // 25)).astype(np.float32)
+            noise = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
             noise.sample_rate, noise.pts, noise.time_base = rate, rate // 25 * k, Fraction(1, rate)
             out.mux(audio.encode(noise))
         out.mux(video.encode())
@@ -49,7 +54,7 @@ def write_sound(path, codec, rate=48000, frames=50):
 
 def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
     write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
-    video.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, np.arange(25), (1, 25), tmp_path / "a.avi")
+    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.avi")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
@@ -70,7 +75,7 @@ def test_broken_sound_does_not_cost_the_video_nor_the_sound_after_it(tmp_path, c
             rest[k + 30:k + 188] = bytes(158)
     (tmp_path / "all.ts").write_bytes(rest)
     for name in ("some.avi", "all.ts"):
-        video.write_video(tmp_path / "out.mp4", [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), tmp_path / name)
+        video.write_video(tmp_path / "out.mp4", black(50), np.arange(50), (1, 25), tmp_path / name)
         with av.open(str(tmp_path / "out.mp4")) as container:
             packets = [p for p in container.demux() if p.size]
             assert sum(p.stream.type == "video" for p in packets) == 50
@@ -87,7 +92,8 @@ def test_rotation_metadata_is_honoured(tmp_path):
     write_clip(tmp_path / "a.mp4", [frame] * 3, np.arange(3) * 512, sound=False)
     blob = bytearray((tmp_path / "a.mp4").read_bytes())
     at = blob.index((0x10000).to_bytes(4, "big") + bytes(12), blob.index(b"tkhd"))
-    turn = [0, 0x10000, 0, -0x10000 % 2 ** 32, 0, 0, 0, 0, 0x40000000]          # as phones write it: 90 degrees clockwise
+    # as phones write it: 90 degrees clockwise
+    turn = [0, 0x10000, 0, -0x10000 % 2 ** 32, 0, 0, 0, 0, 0x40000000]
     blob[at:at + 36] = b"".join(v.to_bytes(4, "big") for v in turn)
     (tmp_path / "a.mp4").write_bytes(blob)
     upright = media.to_rgb(next(media.read_video(tmp_path / "a.mp4")))
@@ -110,7 +116,8 @@ def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
 def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
     path = tmp_path / f"a.{container}"
-    with av.open(str(path), "w", options={"movflags": "faststart"} if container == "mp4" else {}) as out:  # the index first
+    options = {"movflags": "faststart"} if container == "mp4" else {}       # the index first
+    with av.open(str(path), "w", options=options) as out:
         stream = out.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for k in range(40):
@@ -121,7 +128,8 @@ def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
     assert len(list(media.read_video(path))) == 40 and capsys.readouterr().err == ""
     path.write_bytes(blob[:len(blob) // 2])
     assert 5 < len(list(media.read_video(path))) < 40
-    assert "frames could be read" in capsys.readouterr().err or container == "ts"       # a .ts file does not know its length
+    # a .ts file does not know its length
+    assert "frames could be read" in capsys.readouterr().err or container == "ts"
 
 
 def test_frames_without_a_time_of_their_own_get_one(tmp_path):
@@ -130,7 +138,8 @@ def test_frames_without_a_time_of_their_own_get_one(tmp_path):
         stream = out.add_stream("libx264", rate=25, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for k in range(50):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 5 * k, np.uint8), format="rgb24")))
+            grey = np.full((64, 64, 3), 5 * k, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         out.mux(stream.encode())
     with av.open(str(tmp_path / "a.ts")) as source, open(tmp_path / "raw.h264", "wb") as raw:
         for packet in source.demux(video=0):
@@ -167,15 +176,16 @@ def test_the_whole_display_matrix_is_applied(tmp_path, turns, mirrored):
     matrix = np.linalg.matrix_power(-TURN.T, turns) @ (MIRROR if mirrored else np.eye(2, dtype=int))
     with_matrix(tmp_path / "a.mp4", matrix)
     seen = media.to_rgb(next(media.read_video(tmp_path / "a.mp4")))
-    x, y = matrix @ [-1, -1]                                                    # where the corner goes, from the middle
+    x, y = matrix @ [-1, -1]        # where the corner goes, from the middle
     rows, columns = (np.arange(n) < n / 2 for n in seen.shape[:2])
     white = (rows if y < 0 else ~rows)[:, None] & (columns if x < 0 else ~columns)[None]
     assert seen.shape == ((32, 64, 3) if turns % 2 == 0 else (64, 32, 3))
     assert seen[white].mean() > 240 and seen[~white].mean() < 15
 
 
-@pytest.mark.parametrize("name,ratio,shape", [("a.mp4", (4, 3), (48, 64)), ("a.mkv", (4, 3), (48, 64)), ("a.ts", (4, 3), (48, 64)),
-                                              ("b.mp4", (8, 9), (54, 48)), ("c.mp4", (1, 1), (48, 48))])
+@pytest.mark.parametrize("name,ratio,shape", [
+    ("a.mp4", (4, 3), (48, 64)), ("a.mkv", (4, 3), (48, 64)), ("a.ts", (4, 3), (48, 64)),
+    ("b.mp4", (8, 9), (54, 48)), ("c.mp4", (1, 1), (48, 48))])
 def test_pixels_that_are_not_square(tmp_path, name, ratio, shape):
     with av.open(str(tmp_path / name), "w") as out:
         stream = out.add_stream("libx264", rate=25)
@@ -263,7 +273,10 @@ def test_paths_are_only_paths(tmp_path, clip, detect, monkeypatch):
 # ---------------------------------------------------------------------------------- who is followed
 
 def two_people(face, n, hidden=(), gap=20):
-    """n frames of 200 x 500 with two heads that move by themselves; the left one is not there in the frames `hidden`."""
+    """n frames of 200 x 500 with two heads that move by themselves.
+
+    The left one is not there in the frames `hidden`.
+    """
     frames = []
     for k in range(n):
         frame = np.full((200, 500, 3), 128, np.uint8)
@@ -271,7 +284,8 @@ def two_people(face, n, hidden=(), gap=20):
             frame[:180, 5 + k % 5:225 + k % 5] = face[20:, 10:230]
         # the right one comes and goes a little, so that now the one, now the other has the larger box
         size = 1.0 + 0.12 * np.sin(k)
-        other = np.asarray(Image.fromarray(face[20:, 10:230][:, ::-1]).resize((round(200 * size), round(164 * size))))
+        mirrored = Image.fromarray(face[20:, 10:230][:, ::-1])
+        other = np.asarray(mirrored.resize((round(200 * size), round(164 * size))))
         frame[:other.shape[0], 260:260 + other.shape[1]] = other
         frames.append(frame)
     return frames
@@ -298,7 +312,7 @@ def test_the_track_keeps_to_one_of_two_people(tmp_path, face, detect):
 def test_another_is_chosen_after_a_second_without_the_first(tmp_path, face, detect):
     frames = two_people(face, 70, range(20, 70))
     for frame in frames[:20]:
-        frame[:, 240:] = 128                                                    # at first there is only the left one
+        frame[:, 240:] = 128        # at first there is only the left one
     write_clip(tmp_path / "two.mp4", frames, np.arange(70) * 512, sound=False)
     follower = video.Follower(detect)
     track = video.follow_face(tmp_path / "two.mp4", follower, lambda k: True, False, lambda line: None)
@@ -338,17 +352,15 @@ def test_a_faceless_intro_is_not_looked_at_with_large_copies(tmp_path, face, det
             looked.append(side)
             return super().faces_at(image, side)
     track = video.track_video(tmp_path / "a.mp4", Counting())
-    assert track.found.tolist() == [False] * 50 + [True] * 10                    # from the first frame with a face on
+    # from the first frame with a face on
+    assert track.found.tolist() == [False] * 50 + [True] * 10
     assert looked.count(1024) <= 5
 
 
 # ------------------------------------------------------------------------------------ what is written
 
-def black(n):
-    return [np.zeros((32, 32, 3), np.uint8)] * n
-
-
-@pytest.mark.parametrize("rate,nearest", [(22255, 22050), (11127, 11025), (37800, 32000), (192000, 96000), (7000, 7350)])
+@pytest.mark.parametrize("rate,nearest", [(22255, 22050), (11127, 11025), (37800, 32000),
+                                          (192000, 96000), (7000, 7350)])
 def test_rates_that_aac_does_not_know(tmp_path, rate, nearest):
     write_sound(tmp_path / "a.mov", "pcm_s16le", rate=rate, frames=25)
     assert sound.usable_sound(tmp_path / "a.mov")
@@ -391,17 +403,19 @@ def test_the_default_sound_is_taken(tmp_path):
     with av.open(str(tmp_path / "out.mp4")) as container:
         heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     crossings = (np.diff(np.sign(heard[4000:12000])) != 0).mean()
-    assert crossings == pytest.approx(0.4 / np.pi, rel=0.05)                    # the tone of the default track
+    assert crossings == pytest.approx(0.4 / np.pi, rel=0.05)    # the tone of the default track
 
 
-@pytest.mark.parametrize("name,codec", [("late.ts", "aac"), ("late.mkv", "pcm_s16le"), ("late.mov", "pcm_s16le")])
+@pytest.mark.parametrize("name,codec", [("late.ts", "aac"), ("late.mkv", "pcm_s16le"),
+                                        ("late.mov", "pcm_s16le")])
 def test_the_result_starts_at_0_with_its_sound_in_step(tmp_path, name, codec):
     """A clock that starts at ten hours; the sound has a click at 1 s."""
     with av.open(str(tmp_path / name), "w") as out:
         picture, audio = out.add_stream("libx264", rate=25), out.add_stream(codec, rate=16000, layout="mono")
         picture.height, picture.width, picture.pix_fmt = 32, 32, "yuv420p"
         for k in range(50):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 255 * (k >= 25), np.uint8), format="rgb24")
+            pixels = np.full((32, 32, 3), 255 * (k >= 25), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = 36000 * 25 + k, Fraction(1, 25)
             out.mux(picture.encode(frame))
             samples = np.zeros((1, 640), np.int16)
@@ -413,9 +427,9 @@ def test_the_result_starts_at_0_with_its_sound_in_step(tmp_path, name, codec):
         out.mux(audio.encode())
     frames = list(media.read_video(tmp_path / name))
     pts = np.array([f.pts for f in frames])
-    base = frames[0].time_base
+    time_base = frames[0].time_base.as_integer_ratio()
     pictures = [np.ascontiguousarray(media.to_rgb(f)) for f in frames]
-    video.write_video(tmp_path / "out.mp4", pictures, pts, (base.numerator, base.denominator), tmp_path / name)
+    video.write_video(tmp_path / "out.mp4", pictures, pts, time_base, tmp_path / name)
     back = list(media.read_video(tmp_path / "out.mp4"))
     assert back[0].pts == 0 and float(back[-1].pts * back[-1].time_base) == pytest.approx(49 / 25, abs=0.01)
     white = next(float(f.pts * f.time_base) for f in back if media.to_rgb(f).mean() > 128)
