@@ -195,7 +195,7 @@ def test_nothing_is_smoothed_across_a_cut_and_no_face_has_no_vote(bundled):
     noise = np.random.default_rng(0).normal(0, 0.5, (40, 68, 2))
     points = np.concatenate([np.repeat(a, 20, 0), np.repeat(b, 20, 0)]) + noise
     found = np.ones(40, bool)
-    # a wrong bundled, which nobody may see
+    # a wrong face, which nobody may see
     found[30:33], points[30:33] = False, points[20] + 40
     result = smoothed(bundled, points, found)
     assert (adapt.shots(face_box(points)) == np.repeat([0, 1], 20)).all()
