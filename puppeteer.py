@@ -216,9 +216,9 @@ def table(rows, people, judge, trained_on, strangers, same):
 def caption(people, drivers, judge, strangers, same):
     return (
         f"Means over {people} people ± standard error, each driven by {drivers} others. CSIM by {judge}, "
-        f"to other photos: strangers {number([strangers], 3)}, the same person {number([same], 3)}. Nearer to "
-        "him: frames nearer to the driver's own than to these photos. Better than paper: pairs of person "
-        "and driver with a higher CSIM. First: frames nearest to the person of all. Mouth, yaw, roll: "
+        f"to other photos: strangers {number([strangers], 3)}, the same person {number([same], 3)}. "
+        "Nearer to him: frames nearer to the driver's own than to these photos. Better than paper: pairs "
+        "of person and driver with a higher CSIM. First: frames nearest to the person. Mouth, yaw, roll: "
         "correlation with the driver's; amplitude: deviation over his. Landmarks: error in % of the "
         "distance between the outer eye corners. Changes: from frame to frame, over the driver's own.")
 
