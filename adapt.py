@@ -167,6 +167,19 @@ def _place(pose, z, opening, source, face):
     return points.astype(np.float32)
 
 
+def random_poses(source, face, seed=0):
+    """Yield landmarks (68, 2) without end: the source in other poses and with other expressions."""
+    rng, spread = np.random.default_rng(seed), np.linalg.cholesky(face.within)
+    while True:
+        turned = rng.uniform(-1, 1, 3) * np.radians([30, 15, 12])       # yaw, pitch, roll
+        pose = source.pose + np.append(turned, [0, 0, 0])
+        pose[:2] = pose[:2].clip(-TURN, TURN)
+        z = source.z + 0.7 * spread @ rng.standard_normal(len(source.z))
+        lids = source.opening[LIDS] * rng.uniform(0.1, 1.2)
+        lips = np.full(3, SHUT) if rng.random() < 0.4 else rng.uniform(SHUT, 0.25, 3)
+        yield place(pose[None], z[None], np.concatenate([lids, lips])[None], source, face)[0]
+
+
 def views(source, face, yaws):
     """The photo's own expression from new viewpoints (Fig. 6): yaws (n,) in degrees -> (n, 68, 2)."""
     repeat = lambda part: np.tile(part, (len(yaws) + 1, 1))

@@ -38,7 +38,7 @@ from device import default_device, fast_dtype
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, finetune,
-                      load_for_finetuning)
+                      load_for_finetuning, other_poses)
 from gather import evenly
 from losses import FACE_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
@@ -104,7 +104,9 @@ def methods(setup, T, source, truth):
 
     def ours(state, epochs=EPOCHS, **switches):
         E, G, D = load_networks(state)      # anew, for fine-tuning changes G and D
-        psi, *_ = finetune(E, G, D, x, y, state["config"], setup.content, epochs=epochs, **switches)
+        poses = other_poses(list(points[:, None]), setup.content, len(frames[0]))
+        psi, *_ = finetune(E, G, D, x, y, state["config"], setup.content, epochs=epochs, poses=poses,
+                           **switches)
         return draw(G, psi, y_hold), truth[1]
 
     if setup.ff_state:
@@ -274,8 +276,8 @@ def main():
     train_data = PreparedVideos(args.train_data, size) if args.train_data else None
     content = content_loss(args, config, face=0.0 if args.toy else FACE_WEIGHT).to(device)
     if args.timing:
-        x, y = to_tensors(*data.load(0, lambda count: range(min(count, max(args.shots)))))
-        print(timing(state, content, to_float(x, device), to_float(y, device), args.shots, device))
+        frames, points = data.load(0, lambda count: range(min(count, max(args.shots))))
+        print(timing(state, content, frames, points, args.shots, device))
         return
     network = inception(args.inception, device) if args.inception else None
     if args.recognition:

@@ -9,16 +9,19 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import to_float, to_tensors
+from adapt import describe, random_poses
+from data import draw_landmarks, to_float, to_tensors
 from device import autocast, default_device
+from face3d import load_face3d
 from faces import landmark_detector
 from files import UserError, check_paths, make_parser, run, warn
 from gather import faces_in
-from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
-                    hinge_loss)
+from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, LIKENESS_WEIGHT, ContentLoss, adversarial_loss,
+                    feature_matching_loss, hinge_loss)
 from metrics import STRANGERS, dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
@@ -33,24 +36,19 @@ def embed(E, x, y):
 
 
 def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False,
-             adversarial=True, random=None):
+             poses=None, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
+    poses: of other_poses(), for our likeness term; None: without it, as in the paper.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)       # a quarter faster
-    # e_NEW, psi' and w': parameters before the optimisers are built, else they would never be trained
-    e_new = embed(E.eval(), x, y)                       # (N,): eq. 7
-    with torch.no_grad():
-        psi = G.project(e_new[None])[0]                 # (|psi|,): psi' = P e_NEW
-        w = D.w0 + e_new                                # (N,): w' = w0 + e_NEW
-        if random:
-            e_new, psi, w = randomised(random, e_new, psi, w, G, D, seed)
-    psi, w = nn.Parameter(psi), nn.Parameter(w)
+    psi, w = start_values(E, G, D, x, y, random, seed)
+    who = content.face_vectors(x).mean(0) if poses and epochs else None     # (128,)
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
     optimizer_G = torch.optim.Adam([*without_P, psi], config.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
@@ -73,6 +71,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 adv = adversarial_loss(fake_score)
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
             loss = cnt + (adv + fm if adversarial else 0)                   # in brackets L'_ADV
+            if poses:                                                       # ours
+                loss = loss + LIKENESS_WEIGHT * likeness(G, psi, next(poses), content, who)
             optimizer_G.zero_grad()
             loss.backward()
             optimizer_G.step()
@@ -94,6 +94,17 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     return psi.detach(), w.detach(), history
 
 
+def start_values(E, G, D, x, y, random, seed):
+    """psi' = P e_NEW (|psi|,) and w' = w0 + e_NEW (N,), trainable. random, seed: as in finetune()."""
+    e_new = embed(E.eval(), x, y)                       # (N,): eq. 7
+    with torch.no_grad():
+        psi = G.project(e_new[None])[0]
+        w = D.w0 + e_new
+        if random:
+            e_new, psi, w = randomised(random, e_new, psi, w, G, D, seed)
+    return nn.Parameter(psi), nn.Parameter(w)
+
+
 def randomised(what, e_new, psi, w, G, D, seed):
     """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have.
 
@@ -109,6 +120,29 @@ def randomised(what, e_new, psi, w, G, D, seed):
     elif what == "w":
         w = D.w0 + like(e_new)
     return e_new, psi, w
+
+
+# ------------------------------------------------------------- ours: the same person in other poses
+
+def other_poses(points, content, size):
+    """Yield y (1, 3, S, S) without end: the face in poses and with expressions that no photo shows.
+
+    points: landmarks (m, 68, 2) of each photo (m = 1) and clip.  None where `content` does without dlib's
+    network, which has to know the face again.
+    """
+    def draw(face):
+        for pose in random_poses(describe(points, face), face):             # (68, 2)
+            y = torch.from_numpy(np.stack([draw_landmarks(pose, size)]))    # (1, S, S, 3)
+            yield to_float(y.movedim(-1, 1))
+
+    return draw(load_face3d()) if content and content.face else None
+
+
+def likeness(G, psi, y, content, who):
+    """1 - cosine of dlib's vectors: of G'(y; psi, psi'), and of the photos, `who` (128,). y (n, 3, S, S)."""
+    with autocast(psi.device):
+        x_hat = G.render(y.to(psi.device), psi.expand(len(y), -1)).float()
+        return 1 - F.cosine_similarity(content.face_vectors(x_hat), who[None]).mean()
 
 
 # ------------------------------------------------------------------ for this command and infer.py
@@ -171,18 +205,19 @@ def load_for_finetuning(path, device, random=None):
     return state
 
 
-def learn_person(state, x, y, content, epochs, device, **switches):
-    """A loaded checkpoint and T faces -> what a person file holds: config, G, psi', source.
+def learn_person(state, parts, content, epochs, device, **switches):
+    """A loaded checkpoint and the faces of a person -> what a person file holds: config, G, psi', source.
 
-    x, y: (T, 3, S, S) of to_faces.  epochs=0: feed-forward, content unused.  switches: of finetune().
+    parts: of load_parts.  epochs=0: feed-forward, content unused.  switches: of finetune().
     G: folded and without P.  source: (3, S, S), the first face.
     """
-    E, G, D = load_networks(state)
-    x, y = x.to(device), y.to(device)
+    config, (E, G, D) = state["config"], load_networks(state)
+    x, y = (faces.to(device) for faces in to_faces(parts))
     content = content and content.to(device)
-    psi, _, _ = finetune(E, G, D, x, y, state["config"], content, epochs, progress=epochs > 0, **switches)
+    poses = other_poses([points for _, points in parts], content, config.image_size)
+    psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=epochs > 0, poses=poses, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
-    return state["config"], G.fold(), psi, x[0]
+    return config, G.fold(), psi, x[0]
 
 
 def save_person(path, config, G, psi, source, parts=()):
@@ -216,9 +251,8 @@ def main():
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
     parts = load_parts(args.photos, config, landmark_detector(config.landmarks))
-    x, y = to_faces(parts)
     content = content_loss(args, config)
-    person = learn_person(state, x, y, content, args.epochs, device,
+    person = learn_person(state, parts, content, args.epochs, device,
                           adversarial=not args.no_adversarial, random=args.random)
     save_person(args.out, *person, parts)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")

@@ -22,7 +22,7 @@ from face3d import fit, load_face3d
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
-                      load_for_finetuning, load_parts, save_person, to_faces)
+                      load_for_finetuning, load_parts, save_person)
 from gather import evenly
 from metrics import SAME, dlib_recognition
 from model import load_checkpoint, load_person
@@ -198,8 +198,7 @@ def main():
     if args.person:
         (G, psi), shown = load_person(state), state["source"]
     else:
-        x, y = to_faces(parts)
-        _, G, psi, shown = learn_person(state, x, y, content, epochs, device)
+        _, G, psi, shown = learn_person(state, parts, content, epochs, device)
         if args.save_person:
             save_person(args.save_person, config, G, psi, shown, parts)
 

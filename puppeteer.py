@@ -17,7 +17,7 @@ from adapt import adapt, describe
 from data import draw_landmarks, to_float, to_tensors
 from face3d import load_face3d
 from files import UserError, atomic
-from finetune import EPOCHS, finetune
+from finetune import EPOCHS, finetune, other_poses
 from gather import CLIPS, evenly, is_system
 from infer import is_track, read_driver, render
 from metrics import change, crossed, likeness, mean_people, movements
@@ -124,9 +124,11 @@ def drive(folder, name, someone, drivers, everyone, setup):
     config, face = setup.state["config"], load_face3d()
     x, y = (to_float(t, setup.device) for t in to_tensors(someone.frames, someone.points))  # (T, 3, S, S)
     E, G, D = load_networks(setup.state)
-    psi, *_ = finetune(E, G, D, x, y, config, setup.content, epochs=EPOCHS)
+    photos = list(someone.points[:, None])                      # every frame counts as one
+    poses = other_poses(photos, setup.content, config.image_size)
+    psi, *_ = finetune(E, G, D, x, y, config, setup.content, epochs=EPOCHS, poses=poses)
     G.fold()
-    source = describe(list(someone.points[:, None]), face)      # every frame counts as a photo
+    source = describe(photos, face)
     draw = lambda points: np.stack(list(render(G, psi, points, config.image_size, progress=False)))
 
     # (2) and driven

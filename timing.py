@@ -4,8 +4,9 @@ import time
 
 import torch
 
+from data import to_float, to_tensors
 from device import fast_dtype
-from finetune import EPOCHS, embed, finetune
+from finetune import EPOCHS, embed, finetune, other_poses
 from model import load_networks
 from report import AFTER, FF
 
@@ -29,11 +30,12 @@ def median_seconds(function, repeats):
     return statistics.median(seconds[1:])
 
 
-def timing(state, content, x, y, shots, device):
+def timing(state, content, frames, points, shots, device):
     """Table 2 in markdown: seconds of few-shot learning and of a frame.
 
-    x, y: (n, 3, S, S), repeated up to T frames.
+    frames uint8 (n, S, S, 3), points (n, 68, 2): repeated up to T frames.
     """
+    x, y = (to_float(part, device) for part in to_tensors(frames, points))      # (n, 3, S, S)
     config, name = state["config"], device
     if device == "cuda":
         name = torch.cuda.get_device_name()
@@ -46,7 +48,8 @@ def timing(state, content, x, y, shots, device):
     for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
         for T in shots:
             nets, pick = load_networks(state), torch.arange(T) % len(x)
-            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs)
+            poses = other_poses(list(points[pick, None]), content, config.image_size)
+            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, poses=poses)
             paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
             seconds = median_seconds(learn, repeats)
             lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")

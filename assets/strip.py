@@ -16,7 +16,7 @@ from device import default_device  # noqa: E402
 from face3d import load_face3d  # noqa: E402
 from faces import landmark_detector  # noqa: E402
 from files import atomic  # noqa: E402
-from finetune import CHECKPOINT, EPOCHS, learn_person, load_parts, to_faces  # noqa: E402
+from finetune import CHECKPOINT, EPOCHS, learn_person, load_parts  # noqa: E402
 from infer import render  # noqa: E402
 from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
 from model import load_checkpoint  # noqa: E402
@@ -35,8 +35,7 @@ rows = [[blank, *(draw_landmarks(p, size) for p in track.in_crops(size)[POSES])]
 for photo in PHOTOS:
     parts = load_parts([str(ASSETS / photo)], config, detect)
     source = describe([points for _, points in parts], face)
-    x, y = to_faces(parts)
-    _, G, psi, _ = learn_person(state, x, y, content, EPOCHS, device)
+    _, G, psi, _ = learn_person(state, parts, content, EPOCHS, device)
     for motion in ("paper", "absolute", "relative"):
         points = adapt(track, source, motion, size, face)[POSES]
         first = parts[0][0][0] if motion == "paper" else blank

@@ -253,8 +253,8 @@ def infer():
     detect, S = faces.landmark_detector("dlib"), config.image_size
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/short.mp4", 150), clip(f"{folder}/long.mp4", 1500)
-        x, y = stage2.to_faces(stage2.load_parts([ROOT / "assets/astronaut.jpg"], config, detect))
-        _, G, psi, source = person = stage2.learn_person(state, x, y, None, 0, DEVICE)
+        parts = stage2.load_parts([ROOT / "assets/astronaut.jpg"], config, detect)
+        _, G, psi, source = person = stage2.learn_person(state, parts, None, 0, DEVICE)
         stage2.save_person(f"{folder}/p.pt", *person)
         frames = [np.zeros((S, S, 3), np.uint8)] * 150
         track = video.track_video(f"{folder}/short.mp4", detect)

@@ -4,6 +4,7 @@ All on points from a known face.
 """
 import sys
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -295,6 +296,22 @@ def test_absolute_brings_the_sources_shape(bundled):
     result = face3d.fit(adapt.adapt(track(driver), source, "absolute", SIZE, bundled), bundled).z.mean(0)
     there, here = np.linalg.norm(result - who), np.linalg.norm(face3d.fit(driver, bundled).z.mean(0) - who)
     assert there < 0.5 * here
+
+
+def test_random_poses_are_of_the_same_face(bundled):
+    """Turned both ways, with open and closed mouths and lids, and of the source's shape."""
+    points, _, z = draw(bundled, 1, yaw=0)
+    source = adapt.describe([points], bundled)
+    some = np.stack(list(islice(adapt.random_poses(source, bundled), 60)))
+    again = np.stack(list(islice(adapt.random_poses(source, bundled), 60)))
+    assert np.array_equal(some, again) and some.shape == (60, 68, 2)
+    fits = face3d.fit(some, bundled)
+    yaw, lids, lips = np.degrees(fits.pose[:, 0]), fits.opening[:, 0], fits.opening[:, 5]
+    assert yaw.min() < -15 and yaw.max() > 15 and np.abs(yaw).max() < 40
+    assert lids.min() < 0.3 * source.opening[0] and lids.max() > source.opening[0]
+    assert -0.001 < lips.min() < 0.01 and lips.max() > 0.15
+    own = source.z / np.linalg.norm(source.z)       # the mean of all is nearer to it than to the mean face
+    assert fits.z.mean(0) @ own > 0.7 * np.linalg.norm(source.z)
 
 
 def test_views_turn_the_photo(bundled):

@@ -191,10 +191,9 @@ def test_people_are_driven_as_infer_does_it(folder, checkpoint, bundled):
     drawn = evaluate.draw_protocol(PreparedVideos(str(folder / "held")), [1], 3, 50, 0)
     frames, points = PreparedVideos(str(folder / "held"), 64).load(1, lambda count: drawn["head1"]["learn"])
     state = evaluate.load_checkpoint(checkpoint)
-    x, y = map(evaluate.to_float, evaluate.to_tensors(frames, points))
     arguments = type("", (), {"content": None, "vgg19": None, "vggface": None})
     content = content_loss(arguments, state["config"])
-    _, G, psi, _ = learn_person(state, x, y, content, epochs=1, device="cpu")
+    _, G, psi, _ = learn_person(state, [(frames, points)], content, epochs=1, device="cpu")
     track = infer.load_track(str(folder / "drivers/speech.npz"))
     chosen = puppeteer.evenly(np.flatnonzero(track.found), 3)
     driving = adapt(track, describe([points[:1]], bundled), "relative", 64, bundled)[chosen]

@@ -291,8 +291,16 @@ def test_w_starts_like_the_embeddings():
 
 # ------------------------------------------------------------------------------------ Sec. 3.3, eq. 7-10
 
-def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial):
-    """Sec. 3.3 one frame at a time, each step on all T of them."""
+class Known(ContentLoss):
+    """Its vectors of faces are their colours."""
+
+    def face_vectors(self, x):
+        return x.unflatten(-1, (4, 16)).unflatten(-3, (4, 16)).mean((-1, -3)).flatten(1)    # (B, 48)
+
+
+def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial, poses=None):
+    """Sec. 3.3 one frame at a time, each step on all T of them; poses: [y], one of a step, for our term."""
+    who = sum(Known("l1").face_vectors(x)) / len(x)
     x, y = x.split(1), y.split(1)
     e_new = sum(E(x_t, y_t)[0] for x_t, y_t in zip(x, y)).detach() / len(x)     # eq. 7
     psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # psi_gain is 2
@@ -304,7 +312,11 @@ def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial):
         terms = [torch.stack(content_adversarial_and_matching(D, w, *images)) for images in zip(x, x_hat, y)]
         cnt, adv, fm = torch.stack(terms).mean(0)
         x_hat = [image.detach() for image in x_hat]
-        descend(cnt + (adv + fm if adversarial else 0), [*parameters_G, psi], lr)       # eq. 9
+        loss = cnt + (adv + fm if adversarial else 0)                           # eq. 9
+        if poses:
+            v = Known("l1").face_vectors(G.render(poses[len(history)], psi[None]))[0]
+            loss = loss + 10 * (1 - v @ who / (v @ v).sqrt() / (who @ who).sqrt())
+        descend(loss, [*parameters_G, psi], lr)
         for _ in range(2):                                                      # eq. 10
             dsc = hinge(D, [w] * len(x), x, x_hat, y)
             descend(dsc, [*D.V.parameters(), w, D.b], lr_D)
@@ -312,13 +324,15 @@ def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial):
     return psi.detach(), w.detach(), history
 
 
-@pytest.mark.parametrize("adversarial", [True, False])
-def test_finetune_is_eq_7_to_10(adversarial, double, monkeypatch):
+@pytest.mark.parametrize("adversarial,likeness", [(True, False), (False, False), (True, True)])
+def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
+    """And, with other poses, our term of likeness beside them."""
     cfg, *nets = networks(lr=3e-4, lr_d=5e-6, psi_gain=2.0)
     standing_still(*nets)
     x, y = pictures(3), pictures(3)
     near_the_hinge(nets[2], (nets[2].w0 + embed(nets[0], x, y)).expand(3, -1), x, y)
     reference, start = copy.deepcopy(nets), copy.deepcopy(nets)
+    poses = [pictures(1), pictures(1)] if likeness else None
     rates = []
 
     def adam(parameters, lr, betas):
@@ -326,10 +340,11 @@ def test_finetune_is_eq_7_to_10(adversarial, double, monkeypatch):
         return torch.optim.SGD(parameters, lr)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "Adam", adam)
-        psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial)
+        psi, w, history = finetune(*nets, x, y, cfg, Known("l1"), epochs=2, adversarial=adversarial,
+                                   poses=likeness and iter(poses))
     assert rates == [(3e-4, (0, 0.999)), (5e-6, (0, 0.999))]                    # those of the meta-learning
     psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, 0, 0, 0, True)[:2]
-    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial)
+    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial, poses)
     history = [[losses[k] for k in ("cnt", "adv", "fm", "dsc")] for losses in history]
     assert np.allclose(history, history_, rtol=1e-6), (history, history_)
     for ours, theirs, began in ((psi, psi_, psi_start), (w, w_, w_start)):
