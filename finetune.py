@@ -25,7 +25,7 @@ from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, LIKENESS_WEIGHT, ContentLoss,
 from metrics import STRANGERS, dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
-CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real64.pt")
+CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real128.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
 
 

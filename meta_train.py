@@ -302,7 +302,6 @@ def main():
                 save_step(training, step)
             if stopping:
                 break
-
     if world > 1:
         dist.destroy_process_group()
     if stopping and step < steps:

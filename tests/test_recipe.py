@@ -18,7 +18,7 @@ import device
 import meta_train
 from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
-from finetune import embed, finetune
+from finetune import embed, finetune, other_poses
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
 from model import Discriminator, load_checkpoint
@@ -352,6 +352,18 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
         assert step > 1e-7 and (ours - theirs).abs().max() < 1e-4 * step
     E, G, D = (agree(*three) for three in zip(nets, reference, start))
     assert E == 0 and G > 20 and D > 20                                         # E stands still
+
+
+def test_other_poses_are_for_dlibs_network():
+    """Without it, as beside VGGFace, there is nothing to know the person by."""
+    points = [ToyHeads(1).load(0, lambda count: [0])[1]]
+    assert other_poses(points, None, 64) is None and other_poses(points, ContentLoss("l1"), 64) is None
+    poses = other_poses(points, ContentLoss("l1", face=1.0), 64)
+    first, second = next(poses), next(poses)
+    assert first.shape == (1, 3, 64, 64) and first.min() == -1 < first.max() <= 1
+    assert not torch.equal(first, second)
+    again = other_poses(points, ContentLoss("l1", face=1.0), 64)
+    assert torch.equal(first, next(again))      # the same person file from the same photo
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
