@@ -123,8 +123,7 @@ def adapt(track, source, motion, size, face):
     if motion == "relative":
         change = driver.pose - neutral_pose
         change[:, 4:] *= np.exp(source.pose[3] - neutral_pose[3])   # the photo's head may be larger
-        pose, limit = source.pose + change, np.maximum(TURN, np.abs(source.pose[:2]))
-        pose[:, :2] = pose[:, :2].clip(-limit, limit)
+        pose = limited(source.pose + change, source)
         return place(pose, source.z + driver.z - neutral_z, opening, source, face)
 
     who = identity([driver.z[found].mean(0)], [min(found.sum(), CLIP)], face)
@@ -133,12 +132,22 @@ def adapt(track, source, motion, size, face):
     return (result - box[:2]) * (wanted[2] / box[2]) + wanted[:2]   # a longer face needs a wider crop
 
 
+def limited(pose, source):
+    """pose (n, 6), turned and nodded no farther than TURN, or than the photo is."""
+    limit = np.maximum(TURN, np.abs(source.pose[:2]))
+    return np.concatenate([pose[:, :2].clip(-limit, limit), pose[:, 2:]], axis=1)
+
+
+def awake(source, face):
+    """The source's opening (7,): the photo may be of a blink."""
+    expected = gaps(face.mean + np.tensordot(source.identity, face.basis, 1))
+    return np.maximum(source.opening, 0.7 * expected)
+
+
 def take_over(driver, neutral, source, face):
     """Openings of the driver (n, 7) and of its neutral (7,) -> of the source (n, 7)."""
-    expected = gaps(face.mean + np.tensordot(source.identity, face.basis, 1))
-    opened = np.maximum(source.opening, 0.7 * expected)     # the photo may be of a blink ...
-    share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))     # ... the driver asleep
-    lids = (opened * share.clip(0, 1.6))[:, LIDS]
+    share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))     # the driver may be asleep
+    lids = (awake(source, face) * share.clip(0, 1.6))[:, LIDS]
     return np.concatenate([lids, driver[:, LIPS].clip(SHUT)], axis=1)
 
 
@@ -168,16 +177,18 @@ def _place(pose, z, opening, source, face):
 
 
 def random_poses(source, face, seed=0):
-    """Yield landmarks (68, 2) without end: the source in other poses and with other expressions."""
+    """Yield landmarks (68, 2) without end: the source in other poses and with other expressions.
+
+    In pixels of its photo's crop. The same seed gives the same ones.
+    """
     rng, spread = np.random.default_rng(seed), np.linalg.cholesky(face.within)
     while True:
         turned = rng.uniform(-1, 1, 3) * np.radians([30, 15, 12])       # yaw, pitch, roll
-        pose = source.pose + np.append(turned, [0, 0, 0])
-        pose[:2] = pose[:2].clip(-TURN, TURN)
+        pose = limited(source.pose[None] + np.append(turned, [0, 0, 0]), source)
         z = source.z + 0.7 * spread @ rng.standard_normal(len(source.z))
-        lids = source.opening[LIDS] * rng.uniform(0.1, 1.2)
+        lids = awake(source, face)[LIDS] * rng.uniform(0.1, 1.2)
         lips = np.full(3, SHUT) if rng.random() < 0.4 else rng.uniform(SHUT, 0.25, 3)
-        yield place(pose[None], z[None], np.concatenate([lids, lips])[None], source, face)[0]
+        yield place(pose, z[None], np.concatenate([lids, lips])[None], source, face)[0]
 
 
 def views(source, face, yaws):

@@ -40,7 +40,7 @@ from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, finetune,
                       load_for_finetuning, other_poses)
 from gather import evenly
-from losses import FACE_WEIGHT, ContentLoss
+from losses import FACE_WEIGHT, LIKENESS_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
                      torchscript_recognition)
 from model import load_checkpoint, load_networks
@@ -203,10 +203,11 @@ def parse():
     args.checkpoint = args.checkpoint or str(bundled)
     if min(*args.shots, args.videos, args.holdout) < 1 or args.seed < 0:
         raise UserError("--shots, --videos and --holdout must be at least 1, --seed at least 0")
-    tables_only = args.toy, args.ff_checkpoint, args.ablation, args.train_data, args.user_study
+    tables_only = (args.toy, args.ff_checkpoint, args.ablation, args.train_data, args.user_study,
+                   args.timing, args.inception)
     if args.drivers and any(tables_only):
         raise UserError("--drivers drives real faces, and that is all: leave out --toy, --ff-checkpoint, "
-                        "--ablation, --train-data and --user-study")
+                        "--ablation, --train-data, --user-study, --timing and --inception")
     if args.train_data and args.toy and not args.recognition:
         raise UserError("--train-data compares faces: with --toy it needs a --recognition network")
     check_paths([args.checkpoint, args.ff_checkpoint, args.recognition, args.inception,
@@ -248,6 +249,7 @@ def write_protocol(args, data, content, device):
     protocol = {
         "checkpoint": digest(args.checkpoint), "ff_checkpoint": digest(args.ff_checkpoint),
         "content": [content.kind, content.face_weight, digest(args.vgg19), digest(args.vggface)],
+        "likeness": LIKENESS_WEIGHT if content.face else 0,
         "recognition": digest(args.recognition), "drawn": f"folded, {fast_dtype(device)}",
         "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
         "videos": chosen}

@@ -1,6 +1,6 @@
 """A linear 3-D face of the 68 landmarks, learned from 2-D points by non-rigid structure from motion.
 
-    face = load_face3d()                      # weights/face3d.npz, made by adapt.py
+    face = load_face3d()                    # weights/face3d.npz, made by adapt.py
     f = fit(points, face)                   # of every frame: pose, coefficients z, openings, rest
 
 A face that a camera sees from afar is

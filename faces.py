@@ -40,7 +40,7 @@ class Detector:
     Build it once: that takes a second or more.
     """
 
-    kind = ""           # fan | dlib: landmarks of one kind are not those of the other
+    kind: str           # fan | dlib: landmarks of one kind are not those of the other
     sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
 
     def __call__(self, image):

@@ -43,12 +43,13 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     poses: of other_poses(), for our likeness term; None: without it, as in the paper.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
-    Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: {"cnt", "adv", "fm", "dsc"}.
+    Returns psi' (|psi|,), w' (N,), and the losses of each step: {"cnt", "adv", "fm", "dsc"}, and "like"
+    where there are poses.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)       # a quarter faster
     psi, w = start_values(E, G, D, x, y, random, seed)
-    who = content.face_vectors(x).mean(0) if poses and epochs else None     # (128,)
+    who = embed_face(content, x) if poses and epochs else None              # (128,)
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
     optimizer_G = torch.optim.Adam([*without_P, psi], config.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
@@ -71,8 +72,10 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 adv = adversarial_loss(fake_score)
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
             loss = cnt + (adv + fm if adversarial else 0)                   # in brackets L'_ADV
+            losses = {"cnt": cnt, "adv": adv, "fm": fm}
             if poses:                                                       # ours
-                loss = loss + LIKENESS_WEIGHT * likeness(G, psi, next(poses), content, who)
+                losses["like"] = LIKENESS_WEIGHT * likeness_loss(G, psi, next(poses), content, who)
+                loss = loss + losses["like"]
             optimizer_G.zero_grad()
             loss.backward()
             optimizer_G.step()
@@ -88,7 +91,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 optimizer_D.zero_grad()
                 dsc.backward()
                 optimizer_D.step()
-            history.append({"cnt": cnt.item(), "adv": adv.item(), "fm": fm.item(), "dsc": dsc.item()})
+            history.append({name: value.item() for name, value in (losses | {"dsc": dsc}).items()})
     G.eval()
     D.eval()
     return psi.detach(), w.detach(), history
@@ -127,8 +130,8 @@ def randomised(what, e_new, psi, w, G, D, seed):
 def other_poses(points, content, size):
     """Yield y (1, 3, S, S) without end: the face in poses and with expressions that no photo shows.
 
-    points: landmarks (m, 68, 2) of each photo (m = 1) and clip.  None where `content` does without dlib's
-    network, which has to know the face again.
+    points: landmarks (m, 68, 2) of each photo (m = 1) and clip, in pixels of their crops.
+    None where `content` does without dlib's network, which has to know the face again.
     """
     def draw(face):
         for pose in random_poses(describe(points, face), face):             # (68, 2)
@@ -138,7 +141,13 @@ def other_poses(points, content, size):
     return draw(load_face3d()) if content and content.face else None
 
 
-def likeness(G, psi, y, content, who):
+@torch.no_grad()
+def embed_face(content, x):
+    """x (T, 3, S, S) -> (128,): the mean of dlib's vectors."""
+    return torch.cat([content.face_vectors(part) for part in x.split(BATCH)]).mean(0)
+
+
+def likeness_loss(G, psi, y, content, who):
     """1 - cosine of dlib's vectors: of G'(y; psi, psi'), and of the photos, `who` (128,). y (n, 3, S, S)."""
     with autocast(psi.device):
         x_hat = G.render(y.to(psi.device), psi.expand(len(y), -1)).float()
@@ -193,7 +202,10 @@ def add_content_flags(parser):
 
 def content_loss(args, config, face=FACE_WEIGHT):
     """The content loss that these flags name; our stand-in for VGGFace where --vggface is not given."""
-    return ContentLoss(args.content or config.content, args.vgg19, args.vggface, face)
+    kind = args.content or config.content
+    if kind != "vgg" and (args.vgg19 or args.vggface):
+        raise UserError(f"--vgg19 and --vggface are for --content vgg, and here it is {kind}: add it")
+    return ContentLoss(kind, args.vgg19, args.vggface, face)
 
 
 def load_for_finetuning(path, device, random=None):

@@ -204,8 +204,8 @@ def table(rows, people, judge, trained_on, strangers, same):
             "motion": motion, csim_title(judge, trained_on): number(csim, 3),
             "of the way": share(of_the_way(csim[0], strangers, same)),
             "CSIM to the photo": number(mean(group, "csim_photo"), 3),
-            "to the driver ↓": number(mean(group, "csim_driver"), 3),
-            "nearer to him ↓": percent("nearer_driver"),
+            "CSIM to the driver ↓": number(mean(group, "csim_driver"), 3),
+            "nearer to the driver ↓": percent("nearer_driver"),
             "better than paper": share(better) if motion != "paper" else "",
             f"first of {people} ↑": percent("first"),
             "mouth r": plain("mouth_r"), "mouth amplitude": plain("mouth_ratio"),
@@ -217,10 +217,10 @@ def table(rows, people, judge, trained_on, strangers, same):
 
 def caption(people, drivers, judge, strangers, same):
     return (
-        f"Means over {people} people ± standard error, each driven by {drivers} others. CSIM by {judge}, "
-        f"to other photos: strangers {number([strangers], 3)}, the same person {number([same], 3)}. "
-        "Nearer to him: frames nearer to the driver's own than to these photos. Better than paper: pairs "
-        "of person and driver with a higher CSIM. First: frames nearest to the person. Mouth, yaw, roll: "
+        f"Means over {people} people ± standard error, each driven by up to {drivers} others. "
+        f"CSIM by {judge}, to other photos: strangers {number([strangers], 3)}, the same person "
+        f"{number([same], 3)}. Nearer to the driver: than to these photos. Better than paper: pairs of "
+        "person and driver with a higher CSIM. First: frames nearest to the person. Mouth, yaw, roll: "
         "correlation with the driver's; amplitude: deviation over his. Landmarks: error in % of the "
         "distance between the outer eye corners. Changes: from frame to frame, over the driver's own.")
 

@@ -60,7 +60,7 @@ import meta_train  # noqa: E402
 import device  # noqa: E402
 import video  # noqa: E402
 from config import Config  # noqa: E402
-from losses import ContentLoss  # noqa: E402
+from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
 from model import Discriminator, Embedder, Generator  # noqa: E402
 from perceptual import VGG19_LAYERS, VGGFACE_LAYERS, Features  # noqa: E402
 from toy import ToyHeads  # noqa: E402
@@ -244,10 +244,7 @@ def data_():
 
 
 def infer():
-    """infer.py against the sum of its parts; memory against the driver's length.
-
-    The 64-pixel toy checkpoint.
-    """
+    """infer.py against the sum of its parts; memory against the driver's length; the bundled checkpoint."""
     state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
     config = state["config"]
     detect, S = faces.landmark_detector("dlib"), config.image_size
@@ -291,9 +288,9 @@ def infer():
 
 
 def finetune():
-    """T = 8, 40 epochs, against 40 bare steps of the same updates; the toy checkpoint."""
+    """T = 8, 40 epochs, against its parts, by the toy checkpoint; on one photo, as infer.py does it."""
     x, y = (data.to_float(t, DEVICE) for t in data.to_tensors(*ToyHeads(1, 64).load(0, lambda n: range(8))))
-    state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
+    state = stage2.load_checkpoint(ROOT / "weights/toy.pt", DEVICE)
     content = ContentLoss("l1").to(DEVICE)
     nets = stage2.load_networks(state)
     few = lambda epochs: stage2.finetune(*nets, x, y, state["config"], content, epochs)
@@ -302,6 +299,12 @@ def finetune():
     print("fine-tuning, T = 8, 64 pixels")
     for name, seconds in times.items():
         row(name, f"{seconds:.2f} s")
+    state = stage2.load_checkpoint(stage2.CHECKPOINT, DEVICE)
+    config, detect = state["config"], faces.landmark_detector("dlib")
+    parts = stage2.load_parts([ROOT / "assets/astronaut.jpg"], config, detect)
+    content = ContentLoss(config.content, face=FACE_WEIGHT).to(DEVICE)
+    learn = lambda: stage2.learn_person(state, parts, content, 40, DEVICE)
+    row(f"one photo, {config.image_size} pixels", f"{best({'learn': learn}, 1)['learn']:.1f} s")
     print("fine-tuning at the paper's size, 256 pixels, VGG19 and VGGFace: one epoch, and 40 times that")
     cfg, content = Config(), random_vgg()
     nets = [net(cfg).to(DEVICE) for net in (Embedder, Generator, Discriminator)]

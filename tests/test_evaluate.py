@@ -175,6 +175,14 @@ def test_what_is_scored_is_what_users_get(tmp_path, monkeypatch):
     _, G, psi, _ = learn_person(state, [source], content=None, epochs=0, device="cpu")
     users = np.stack(list(infer.render(G, psi, truth[1], 64)))
     assert np.array_equal(frames, users)
+    # and after fine-tuning, on one photo
+    monkeypatch.setattr(evaluate, "EPOCHS", 2)
+    content, photo = evaluate.ContentLoss("l1", face=10.0), tuple(part[:1] for part in source)
+    frames = next(frames for method, frames, _ in
+                  evaluate.methods(setup._replace(content=content), 1, source, truth) if method == report.AFTER)
+    _, G, psi, _ = learn_person(state, [photo], content, epochs=2, device="cpu")
+    users = np.stack(list(infer.render(G, psi, truth[1], 64)))
+    assert np.array_equal(frames, users)
     monkeypatch.setattr(evaluate, "fast_dtype", lambda device: torch.float32)
     other = evaluate.draw(G.float(), psi, evaluate.to_float(evaluate.to_tensors(*truth)[1]))
     assert not np.array_equal(other, users)                         # the number format shows

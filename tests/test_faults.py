@@ -165,8 +165,9 @@ def test_a_signal_saves_and_leaves(tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
     time.sleep(1)
+    for run, process in processes.items():      # as Ctrl-C and clusters do: to the loader's workers too
+        os.killpg(process.pid, numbers[run])
     for run, process in processes.items():
-        os.killpg(process.pid, numbers[run])    # as Ctrl-C and clusters do: to the loader's workers too
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + numbers[run] and len(said.splitlines()) == 1, said
         step = int(said.split("stopped at step ")[1].split()[0])

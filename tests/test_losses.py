@@ -161,6 +161,7 @@ def test_face_features_are_dlibs():
     x = to_float(torch.from_numpy(chip.transpose(2, 0, 1).copy())[None])
     loss = ContentLoss("l1", face=2.0)
     assert np.allclose(loss.face.activations(x)[-1][0].numpy(), want, atol=1e-5)
+    assert loss.face_vectors(x).shape == (1, 128) and torch.equal(loss.face_vectors(x), loss.face(x)[-1])
     x_hat = torch.zeros_like(x).requires_grad_()
     relative = sum(((a - b).abs().mean() / b.abs().mean()).item()
                    for a, b in zip(loss.face(x_hat), loss.face(x)))

@@ -133,7 +133,7 @@ def test_the_table_and_the_ranking():
     assert cell("paper", "CSIM (judge) ↑") == "0.300 ± 0.100"       # .2 of a, .4 of b
     assert cell("paper", "of the way") == "38 %" and cell("relative", "of the way") == "28 %"
     assert [cell(motion, "better than paper") for motion in puppeteer.MOTIONS] == ["", "67 %", "67 %"]
-    assert cell("absolute", "first of 2 ↑") == "50 %" and cell("absolute", "nearer to him ↓") == "n/a"
+    assert cell("absolute", "first of 2 ↑") == "50 %" and cell("absolute", "nearer to the driver ↓") == "n/a"
 
     best = puppeteer.best_drivers(rows)
     assert best == {"a": "y", "b": "x"}

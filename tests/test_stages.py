@@ -11,7 +11,7 @@ from PIL import Image
 import infer
 from conftest import PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors, write_clip
 from data import to_float, to_tensors
-from finetune import embed, finetune
+from finetune import embed, finetune, other_poses
 from losses import ContentLoss
 from model import load_checkpoint, load_person
 from toy import ToyHeads
@@ -63,7 +63,7 @@ def person(T):
     return tuple(map(to_float, to_tensors(frames, points)))
 
 
-@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("T", [1, 8, 9])
 def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
     cfg, E, G, D = networks()
     for net in (E, G, D):
@@ -85,6 +85,15 @@ def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
     assert (psi != psi_start).all() and (w != w_start).any()
     assert not torch.equal(V, D.V.blocks[0].conv1.weight)
     assert same(before, E.state_dict()) and same(P, G.P.state_dict())
+
+
+def test_fine_tuning_learns_to_be_known_in_other_poses():
+    cfg, E, G, D = networks(lr=1e-3, lr_d=1e-3)
+    x, y = person(1)
+    content, points = ContentLoss("l1", face=1.0), ToyHeads(1, 64, first=5).load(0, lambda n: [0])[1]
+    history = finetune(E, G, D, x, y, cfg, content, epochs=20, poses=other_poses([points], content, 64))[2]
+    like = [losses["like"] for losses in history]
+    assert np.mean(like[-5:]) < 0.8 * np.mean(like[:5])
 
 
 def test_fine_tuning_fits_the_person():
@@ -231,6 +240,8 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "ff.pt"], "without the match loss"),
     (["infer.py", "--person", "CHECKPOINT", "--driver", "dark.mp4", "--feed-forward"],
      "leave out --feed-forward"),
+    (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "CHECKPOINT", "--vggface", "text.jpg"],
+     "are for --content vgg"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"],
      "it is also an input"),
@@ -267,9 +278,10 @@ def test_a_failed_run_leaves_the_last_result_alone(wrong, checkpoint, tmp_path):
     assert (tmp_path / "result.mp4").read_bytes() == b"precious"
 
 
-def test_the_bundled_checkpoint_and_track_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [[], ["--feed-forward"]])
+def test_the_bundled_checkpoint_and_track_work(how, tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "EPOCHS", 4)     # of 40
-    succeed("infer.py", "--photo", PHOTO, "--driver", ROOT / "assets/speech.npz", cwd=tmp_path)
+    succeed("infer.py", "--photo", PHOTO, "--driver", ROOT / "assets/speech.npz", *how, cwd=tmp_path)
     means = np.array([to_rgb(frame).mean() for frame in read_video(tmp_path / "result.mp4")])
     assert len(means) == len(load_track(ROOT / "assets/speech.npz").pts)
     assert 40 < means.mean() < 200
