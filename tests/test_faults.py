@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -596,8 +597,14 @@ def test_the_same_seed_gives_the_same_tensors(tmp_path):
 def test_nothing_is_written_elsewhere(tmp_path, checkpoint, short_track):
     for name in ("home", "temporary", "work"):
         (tmp_path / name).mkdir()
-    succeed("infer.py", "--photo", PHOTO, "--checkpoint", checkpoint, "--driver", short_track,
-            cwd=tmp_path / "work", HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "temporary"),
-            TORCH_HOME="", XDG_CACHE_HOME="", start=script)
-    written = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
-    assert written == ["work/result.mp4"]
+    places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary"), "TORCH_HOME": "",
+              "XDG_CACHE_HOME": ""}
+    photo = [PHOTO, "--checkpoint", checkpoint]
+    commands = [["infer.py", "--photo", *photo, "--driver", short_track, "--feed-forward"],
+                ["finetune.py", "--photos", *photo, "--epochs", "1"]]
+    with ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(succeed, *command, cwd=tmp_path / "work", start=script, **places)
+                        for command in commands]:
+            started.result()
+    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert written == {"work/result.mp4", "work/person.pt"}

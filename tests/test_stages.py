@@ -109,7 +109,7 @@ def test_the_switches_of_the_ablations(tmp_path, checkpoint):
     An FF checkpoint may start from a random w'.
     """
     def run(*flags, ckpt=checkpoint):
-        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", 3,
+        succeed("finetune.py", "--photos", PHOTO, "--checkpoint", ckpt, "--epochs", 2,
                 "--out", "p.pt", *flags, cwd=tmp_path)
         return tensors(tmp_path / "p.pt")
     state = torch.load(checkpoint, weights_only=True)
@@ -280,7 +280,7 @@ def test_a_failed_run_leaves_the_last_result_alone(wrong, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("how", [[], ["--feed-forward"]])
 def test_the_bundled_checkpoint_and_track_work(how, tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "EPOCHS", 4)     # of 40
+    monkeypatch.setattr(infer, "EPOCHS", 3)     # of 40
     succeed("infer.py", "--photo", PHOTO, "--driver", ROOT / "assets/speech.npz", *how, cwd=tmp_path)
     means = np.array([to_rgb(frame).mean() for frame in read_video(tmp_path / "result.mp4")])
     assert len(means) == len(load_track(ROOT / "assets/speech.npz").pts)
