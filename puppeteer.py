@@ -234,7 +234,7 @@ def ranking(rows, best):
     for driver in drivers:
         csims = {motion: f"{csim(driver, motion):.3f}" for motion in MOTIONS}
         count = list(best.values()).count(driver)
-        lines.append({"CSIM to the photo": driver, **csims, "best for": f"{count} people"})
+        lines.append({"CSIM to the photo": driver, **csims, "best for": f"{count} of {len(best)}"})
     return markdown(lines)
 
 
