@@ -37,8 +37,8 @@ from data import PreparedVideos, to_float, to_tensors, to_uint8
 from device import default_device, fast_dtype
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, finetune,
-                      load_for_finetuning, other_poses)
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
+                      load_for_finetuning)
 from gather import evenly
 from losses import FACE_WEIGHT, LIKENESS_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
@@ -73,12 +73,12 @@ class Setup(NamedTuple):
 
 
 def draw(G, psi, y):
-    """What users get of infer.py: G'(y; psi, psi') folded, in the device's fast number format.
+    """What users get of infer.py: G'(y; psi, psi') of a folded G, in the device's fast number format.
 
-    y (n, 3, S, S) -> uint8 (n, S, S, 3). G is not for training any more.
+    y (n, 3, S, S) -> uint8 (n, S, S, 3).
     """
     dtype = fast_dtype(y.device)
-    G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
+    G = G.to(dtype=dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
         frames = [G.render(part.to(dtype), psi.expand(len(part), -1)) for part in y.split(8)]
     return to_uint8(torch.cat(frames))
@@ -99,14 +99,12 @@ def methods(setup, T, source, truth):
     yield NEAREST, frames[nearest], points[nearest]
 
     # ours
-    x, y = (to_float(t, setup.device) for t in to_tensors(frames, points))            # (T, 3, S, S)
+    photos = list(zip(frames[:, None], points[:, None]))        # every frame counts as a photo
     y_hold = to_float(to_tensors(*truth)[1], setup.device)                            # (n, 3, S, S)
 
     def ours(state, epochs=EPOCHS, **switches):
-        E, G, D = load_networks(state)      # anew, for fine-tuning changes G and D
-        poses = other_poses(list(points[:, None]), setup.content, len(frames[0]))
-        psi, *_ = finetune(E, G, D, x, y, state["config"], setup.content, epochs=epochs, poses=poses,
-                           **switches)
+        _, G, psi, _ = learn_person(state, photos, setup.content, epochs, setup.device, progress=False,
+                                    **switches)
         return draw(G, psi, y_hold), truth[1]
 
     if setup.ff_state:

@@ -217,7 +217,7 @@ def load_for_finetuning(path, device, random=None):
     return state
 
 
-def learn_person(state, parts, content, epochs, device, **switches):
+def learn_person(state, parts, content, epochs, device, progress=True, **switches):
     """A loaded checkpoint and the faces of a person -> what a person file holds: config, G, psi', source.
 
     parts: of load_parts.  epochs=0: feed-forward, content unused.  switches: of finetune().
@@ -227,7 +227,8 @@ def learn_person(state, parts, content, epochs, device, **switches):
     x, y = (faces.to(device) for faces in to_faces(parts))
     content = content and content.to(device)
     poses = other_poses([points for _, points in parts], content, config.image_size)
-    psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=epochs > 0, poses=poses, **switches)
+    psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
+                       poses=poses, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
     return config, G.fold(), psi, x[0]
 

@@ -90,10 +90,11 @@ def same_person(track, path, picture, source, face, frames=5):
     recognise = dlib_recognition()
     points = place(source.pose[None], source.z[None], source.opening[None], source, face)
     own = recognise(picture, points[0])
-    chosen = evenly(np.flatnonzero(track.found[:250]).tolist(), frames)
+    start = track._replace(points=track.points[:250], found=track.found[:250], pts=track.pts[:250])
+    chosen = evenly(np.flatnonzero(start.found).tolist(), frames)
     if not chosen:
         return False
-    crops, points = read_crops(path, track, chosen, 256), track.in_crops(256)
+    crops, points = read_crops(path, start, chosen, 256), start.in_crops(256)
     return np.mean([own @ recognise(crops[k], points[k]) for k in chosen]) > SAME
 
 

@@ -14,14 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from adapt import adapt, describe
-from data import draw_landmarks, to_float, to_tensors
+from data import draw_landmarks
 from face3d import load_face3d
 from files import UserError, atomic
-from finetune import EPOCHS, finetune, other_poses
+from finetune import EPOCHS, learn_person
 from gather import CLIPS, evenly, is_system
 from infer import is_track, read_driver, render
 from metrics import change, crossed, likeness, mean_people, movements
-from model import load_networks
 from protocol import find_videos, person
 from report import (SOURCE, as_numbers, csim_title, markdown, mean, number, of_the_way, read_scores,
                     read_strip, share, write_scores, write_sheet, write_strip)
@@ -122,13 +121,9 @@ def drive(folder, name, someone, drivers, everyone, setup):
     """One person, driven by every driver with every motion, into its folder; at last puppets.csv."""
     # (1) the person is learned once
     config, face = setup.state["config"], load_face3d()
-    x, y = (to_float(t, setup.device) for t in to_tensors(someone.frames, someone.points))  # (T, 3, S, S)
-    E, G, D = load_networks(setup.state)
-    photos = list(someone.points[:, None])                      # every frame counts as one
-    poses = other_poses(photos, setup.content, config.image_size)
-    psi, *_ = finetune(E, G, D, x, y, config, setup.content, epochs=EPOCHS, poses=poses)
-    G.fold()
-    source = describe(photos, face)
+    photos = list(zip(someone.frames[:, None], someone.points[:, None]))    # every frame counts as one
+    _, G, psi, _ = learn_person(setup.state, photos, setup.content, EPOCHS, setup.device, progress=False)
+    source = describe([points for _, points in photos], face)
     draw = lambda points: np.stack(list(render(G, psi, points, config.image_size, progress=False)))
 
     # (2) and driven
