@@ -14,6 +14,9 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:     # `pytest -n 2`: a thread for each worker and what it starts,
+    os.environ["OMP_NUM_THREADS"] = "1"     # as two processes of two threads stand in each other's way
+
 import av
 import dlib
 import numpy as np
@@ -27,6 +30,7 @@ from config import Config
 from model import Discriminator, Embedder, Generator, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
 PHOTO = ROOT / "assets" / "astronaut.jpg"
 TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1")
 TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2", "--batch", "2"]
@@ -41,8 +45,8 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def two_threads_on_the_cpu(request, monkeypatch):
-    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+def few_threads_and_no_gpu(request, monkeypatch):
+    torch.set_num_threads(THREADS)
     if "cuda" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

@@ -24,7 +24,7 @@ def test_it_is_short():
 
 
 def test_ci_runs_the_very_test_command_of_the_readme():
-    command = "python -m pytest tests"
+    command = "python -m pytest tests -n 2"
     assert f"\n{command}\n" in README and f"\n{command}\n" in (ROOT / ".ci/run").read_text()
 
 
