@@ -40,7 +40,8 @@ from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning)
 from gather import evenly
-from losses import FACE_WEIGHT, LIKENESS_WEIGHT, ContentLoss
+from likeness import LIKENESS_WEIGHT
+from losses import FACE_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
                      torchscript_recognition)
 from model import load_checkpoint, load_networks

@@ -260,6 +260,12 @@ def face_box(points):
     return np.concatenate([between + 0.5 * (mouth - between), half[..., None]], axis=-1)
 
 
+def five_points(points):
+    """Landmarks (..., 68, 2) -> (..., 5, 2): right eye, left eye, nose, corners of the mouth; the person's."""
+    eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
+    return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
+
+
 def steady_boxes(points, times):
     """face_box for a video: a Gaussian mean over about a second either side, so that it does not jitter.
 

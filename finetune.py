@@ -9,19 +9,17 @@ import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from adapt import describe, random_poses
-from data import draw_landmarks, to_float, to_tensors
+from data import to_float, to_tensors
 from device import autocast, default_device
-from face3d import load_face3d
 from faces import landmark_detector
 from files import UserError, check_paths, make_parser, run, warn
 from gather import faces_in
-from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, LIKENESS_WEIGHT, ContentLoss, adversarial_loss,
-                    feature_matching_loss, hinge_loss)
+from likeness import other_poses
+from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
+                    hinge_loss)
 from metrics import STRANGERS, dlib_recognition
 from model import load_checkpoint, load_networks, save_checkpoint
 
@@ -36,20 +34,19 @@ def embed(E, x, y):
 
 
 def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False,
-             poses=None, adversarial=True, random=None):
+             others=None, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
-    poses: of other_poses(), for our likeness term; None: without it, as in the paper.
+    others: of likeness.other_poses(), for our term of that name; None: without it, as in the paper.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and the losses of each step: {"cnt", "adv", "fm", "dsc"}, and "like"
-    where there are poses.
+    where there are others.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)       # a quarter faster
     psi, w = start_values(E, G, D, x, y, random, seed)
-    who = embed_face(content, x) if poses and epochs else None              # (128,)
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
     optimizer_G = torch.optim.Adam([*without_P, psi], config.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
@@ -60,11 +57,14 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     for _ in tqdm(range(epochs), "fine-tuning", unit=" epochs", disable=not progress):
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
             x_t, y_t = x[t], y[t]                       # (B, 3, S, S)
+            y_o = others.draw() if others else y[:0]    # (n, 3, S, S): ours, no photo shows these
 
             # (1) update psi and psi': eq. 9
             D.requires_grad_(False)
             with autocast(x.device):
-                x_hat = G.render(y_t, psi.expand(len(t), -1)).float()       # (B, 3, S, S)
+                y_all = torch.cat([y_t, y_o])                               # at once: it costs little more
+                x_all = G.render(y_all, psi.expand(len(y_all), -1)).float()
+                x_hat, x_o = x_all.split([len(y_t), len(y_o)])              # (B, 3, S, S), (n, 3, S, S)
                 fake_score, fake_features = D(x_hat, y_t, w.detach())       # eq. 8
                 with torch.no_grad():
                     real_features = D.V(x_t, y_t)[1]
@@ -73,8 +73,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
             loss = cnt + (adv + fm if adversarial else 0)                   # in brackets L'_ADV
             losses = {"cnt": cnt, "adv": adv, "fm": fm}
-            if poses:                                                       # ours
-                losses["like"] = LIKENESS_WEIGHT * likeness_loss(G, psi, next(poses), content, who)
+            if others:                                                      # ours
+                losses["like"] = others.loss(x_o)
                 loss = loss + losses["like"]
             optimizer_G.zero_grad()
             loss.backward()
@@ -123,35 +123,6 @@ def randomised(what, e_new, psi, w, G, D, seed):
     elif what == "w":
         w = D.w0 + like(e_new)
     return e_new, psi, w
-
-
-# ------------------------------------------------------------- ours: the same person in other poses
-
-def other_poses(points, content, size):
-    """Yield y (1, 3, S, S) without end: the face in poses and with expressions that no photo shows.
-
-    points: landmarks (m, 68, 2) of each photo (m = 1) and clip, in pixels of their crops.
-    None where `content` does without dlib's network, which has to know the face again.
-    """
-    def draw(face):
-        for pose in random_poses(describe(points, face), face):             # (68, 2)
-            y = torch.from_numpy(np.stack([draw_landmarks(pose, size)]))    # (1, S, S, 3)
-            yield to_float(y.movedim(-1, 1))
-
-    return draw(load_face3d()) if content and content.face else None
-
-
-@torch.no_grad()
-def embed_face(content, x):
-    """x (T, 3, S, S) -> (128,): the mean of dlib's vectors."""
-    return torch.cat([content.face_vectors(part) for part in x.split(BATCH)]).mean(0)
-
-
-def likeness_loss(G, psi, y, content, who):
-    """1 - cosine of dlib's vectors: of G'(y; psi, psi'), and of the photos, `who` (128,). y (n, 3, S, S)."""
-    with autocast(psi.device):
-        x_hat = G.render(y.to(psi.device), psi.expand(len(y), -1)).float()
-        return 1 - F.cosine_similarity(content.face_vectors(x_hat), who[None]).mean()
 
 
 # ------------------------------------------------------------------ for this command and infer.py
@@ -226,9 +197,9 @@ def learn_person(state, parts, content, epochs, device, progress=True, **switche
     config, (E, G, D) = state["config"], load_networks(state)
     x, y = (faces.to(device) for faces in to_faces(parts))
     content = content and content.to(device)
-    poses = other_poses([points for _, points in parts], content, config.image_size)
+    others = other_poses(x, [points for _, points in parts], content) if epochs else None
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
-                       poses=poses, **switches)
+                       others=others, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
     return config, G.fold(), psi, x[0]
 

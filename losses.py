@@ -19,7 +19,6 @@ VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 SQUEEZE_WEIGHT = 0.2
 PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 100.0}
 FACE_WEIGHT = 10.0                              # in fine-tuning, where VGGFace's file is missing
-LIKENESS_WEIGHT = 10.0                          # there too: the same person in other poses
 
 
 def l1(a, b):
@@ -78,10 +77,6 @@ class ContentLoss(nn.Module):
         self.face = FaceFeatures() if face and not vggface else None
         self.face_weight = face
         self.requires_grad_(False).eval()
-
-    def face_vectors(self, x):
-        """(B, 3, S, S) -> (B, 128): who dlib's network sees. Only where `face` is in use."""
-        return self.face(x)[-1]
 
     def forward(self, x_hat, x):                                # (B, 3, S, S) twice
         loss = self.pixel_weight * l1(x_hat, x)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from data import to_float
 from face3d import LIPS, fit
-from faces import dlib_model
+from faces import dlib_model, five_points
 from files import UserError
 
 STILL = 1e-6  # a smaller deviation is rounding, in eye distances or radians
@@ -137,8 +137,7 @@ def torchscript_recognition(path, device):
                         f"({kind})") from None
 
     def vector(frame, points):
-        five = [points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]]
-        align = estimate_transform("similarity", np.array(five), np.array(ARCFACE_POINTS))
+        align = estimate_transform("similarity", five_points(points), np.array(ARCFACE_POINTS))
         face = warp(frame, align.inverse, output_shape=(112, 112), preserve_range=True)
         face = face.round().astype(np.uint8).transpose(2, 0, 1).copy()
         x = to_float(torch.from_numpy(face)[None], device)

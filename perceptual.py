@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from faces import dlib_model
+from faces import dlib_model, five_points
 from files import UserError
 
 VGG19_LAYERS = (1, 6, 11, 20, 29)               # relu1_1 ... relu5_1 of torchvision's `features`
@@ -160,6 +160,10 @@ class FaceFeatures(nn.Module):
         middle = F.interpolate(middle, size=(150, 150), mode="bilinear", antialias=True)
         return self.activations(middle)
 
+    def vectors(self, x, points):
+        """Who they are: x (B, 3, S, S), landmarks (B, 68, 2) in its pixels -> (B, 128)."""
+        return self.activations(face_chips(x, points))[-1]
+
     def activations(self, x):                                   # (B, 3, 150, 150) in [-1, 1], RGB
         h = F.relu(self.stem(((x + 1) * 127.5 - self.mean) / 256))  # (B, 32, 72, 72)
         h = F.max_pool2d(h, 3, 2)                               # (B, 32, 35, 35)
@@ -171,6 +175,31 @@ class FaceFeatures(nn.Module):
             h = F.relu(h + skip)
             features.append(h)
         return [features[k] for k in FACE_LAYERS] + [h.mean((2, 3)) @ self.matrix]      # ..., (B, 128)
+
+
+# Where dlib's aligned face of 150 pixels has the person's right eye, left eye, nose and corners of the mouth:
+# means over photos of LFW.
+CHIP_POINTS = [(48.1, 46.6), (100.0, 46.7), (73.3, 75.3), (50.8, 104.3), (97.9, 104.3)]
+
+
+def face_chips(x, points, size=150):
+    """Faces turned, scaled and cut as dlib does it before its network looks at them; differentiable.
+
+    x (B, 3, S, S), landmarks (B, 68, 2) in its pixels -> (B, 3, 150, 150).
+    """
+    S = x.shape[-1]
+    if S > 256:     # not to skip pixels
+        x = F.avg_pool2d(x, S // 256)
+
+    # the similarity from the chip to the picture, least squares of complex numbers; -1 and 1 are the borders
+    ends = (five_points(points) + 0.5) * 2 / S - 1                              # (B, 5, 2)
+    starts = (np.array(CHIP_POINTS) + 0.5) * 2 / size - 1                       # (5, 2)
+    A = np.stack([starts @ [1, 1j], np.ones(5)], axis=1)                        # (5, 2)
+    turn, shift = np.linalg.lstsq(A, (ends @ [1, 1j]).T, rcond=None)[0]         # (B,), (B,)
+    theta = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
+    theta = torch.as_tensor(theta.transpose(2, 0, 1), dtype=x.dtype, device=x.device)       # (B, 2, 3)
+    grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def padded_alike(a, b):

@@ -6,7 +6,8 @@ import torch
 
 from data import to_float, to_tensors
 from device import fast_dtype
-from finetune import EPOCHS, embed, finetune, other_poses
+from finetune import EPOCHS, embed, finetune
+from likeness import other_poses
 from model import load_networks
 from report import AFTER, FF
 
@@ -48,8 +49,8 @@ def timing(state, content, frames, points, shots, device):
     for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
         for T in shots:
             nets, pick = load_networks(state), torch.arange(T) % len(x)
-            poses = other_poses(list(points[pick, None]), content, config.image_size)
-            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, poses=poses)
+            others = other_poses(x[pick], list(points[pick, None]), content) if epochs else None
+            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, others=others)
             paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
             seconds = median_seconds(learn, repeats)
             lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")

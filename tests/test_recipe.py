@@ -18,7 +18,8 @@ import device
 import meta_train
 from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
-from finetune import embed, finetune, other_poses
+from finetune import embed, finetune
+from likeness import other_poses
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
 from model import Discriminator, load_checkpoint
@@ -291,16 +292,18 @@ def test_w_starts_like_the_embeddings():
 
 # ------------------------------------------------------------------------------------ Sec. 3.3, eq. 7-10
 
-class Known(ContentLoss):
-    """Its vectors of faces are their colours."""
+class Others:
+    """As likeness.OtherPoses: in each step a pose; there the picture should be grey."""
 
-    def face_vectors(self, x):
-        return x.unflatten(-1, (4, 16)).unflatten(-3, (4, 16)).mean((-1, -3)).flatten(1)    # (B, 48)
+    def __init__(self, poses):
+        self.poses, self.draw = poses, iter(poses).__next__
+
+    def loss(self, x_o):
+        return 10 * (x_o ** 2).mean()
 
 
-def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial, poses=None):
-    """Sec. 3.3 one frame at a time, each step on all T of them; poses: [y], one of a step, for our term."""
-    who = sum(Known("l1").face_vectors(x)) / len(x)
+def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial, others=None):
+    """Sec. 3.3 one frame at a time, each step on all T of them."""
     x, y = x.split(1), y.split(1)
     e_new = sum(E(x_t, y_t)[0] for x_t, y_t in zip(x, y)).detach() / len(x)     # eq. 7
     psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # psi_gain is 2
@@ -313,9 +316,8 @@ def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial, poses=None
         cnt, adv, fm = torch.stack(terms).mean(0)
         x_hat = [image.detach() for image in x_hat]
         loss = cnt + (adv + fm if adversarial else 0)                           # eq. 9
-        if poses:
-            v = Known("l1").face_vectors(G.render(poses[len(history)], psi[None]))[0]
-            loss = loss + 10 * (1 - v @ who / (v @ v).sqrt() / (who @ who).sqrt())
+        if others:
+            loss = loss + others.loss(G.render(others.poses[len(history)], psi[None]))
         descend(loss, [*parameters_G, psi], lr)
         for _ in range(2):                                                      # eq. 10
             dsc = hinge(D, [w] * len(x), x, x_hat, y)
@@ -332,7 +334,7 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
     x, y = pictures(3), pictures(3)
     near_the_hinge(nets[2], (nets[2].w0 + embed(nets[0], x, y)).expand(3, -1), x, y)
     reference, start = copy.deepcopy(nets), copy.deepcopy(nets)
-    poses = [pictures(1), pictures(1)] if likeness else None
+    others = Others([pictures(1), pictures(1)]) if likeness else None
     rates = []
 
     def adam(parameters, lr, betas):
@@ -340,11 +342,11 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
         return torch.optim.SGD(parameters, lr)
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "Adam", adam)
-        psi, w, history = finetune(*nets, x, y, cfg, Known("l1"), epochs=2, adversarial=adversarial,
-                                   poses=likeness and iter(poses))
+        psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial,
+                                   others=others)
     assert rates == [(3e-4, (0, 0.999)), (5e-6, (0, 0.999))]                    # those of the meta-learning
     psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, 0, 0, 0, True)[:2]
-    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial, poses)
+    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial, others)
     history = [[losses[k] for k in ("cnt", "adv", "fm", "dsc")] for losses in history]
     assert np.allclose(history, history_, rtol=1e-6), (history, history_)
     for ours, theirs, began in ((psi, psi_, psi_start), (w, w_, w_start)):
@@ -356,14 +358,15 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
 
 def test_other_poses_are_for_dlibs_network():
     """Without it, as beside VGGFace, there is nothing to know the person by."""
-    points = [ToyHeads(1).load(0, lambda count: [0])[1]]
-    assert other_poses(points, None, 64) is None and other_poses(points, ContentLoss("l1"), 64) is None
-    poses = other_poses(points, ContentLoss("l1", face=1.0), 64)
-    first, second = next(poses), next(poses)
-    assert first.shape == (1, 3, 64, 64) and first.min() == -1 < first.max() <= 1
+    points, x = [ToyHeads(1).load(0, lambda count: [0])[1]], torch.zeros(1, 3, 64, 64)
+    assert other_poses(x, points, None) is None and other_poses(x, points, ContentLoss("l1")) is None
+    content = ContentLoss("l1", face=1.0)
+    others = other_poses(x, points, content)
+    first, second = others.draw(), others.draw()
+    assert first.shape[1:] == (3, 64, 64) and first.min() == -1 < first.max() <= 1
     assert not torch.equal(first, second)
-    again = other_poses(points, ContentLoss("l1", face=1.0), 64)
-    assert torch.equal(first, next(again))      # the same person file from the same photo
+    again = other_poses(x, points, content)
+    assert torch.equal(first, again.draw())     # the same person file from the same photo
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
