@@ -24,7 +24,6 @@ class Config:
     stills: float = 0.0         # share of episodes made of one frame, warped K + 1 times
     match_weight: float = 10.0  # of L_MCH
     face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
-    adain_clamp: float = 0.0    # a trained G may cut in AdaIN at so many deviations; 0: no
 
     def __post_init__(self):
         if self.image_size not in (64, 128, 256, 512):

@@ -13,8 +13,8 @@ from data import draw_landmarks, to_float
 from device import autocast
 from face3d import load_face3d
 
-LIKENESS_WEIGHT = 10.0
-POSES = 1       # drawn in every step
+LIKENESS_WEIGHT = 20.0
+POSES = 2           # drawn in every step
 
 
 class OtherPoses:

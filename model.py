@@ -47,23 +47,15 @@ class SelfAttention(nn.Module):
         return x + self.gamma * self.out(h)                     # (B, C, H, W)
 
 
-def instance_norm(x, gamma, beta):
-    """x (B, C, H, W), gamma and beta (B, C), as batch norm of one image of B * C channels."""
-    h = x.flatten(0, 1)[None]                                   # (1, BC, H, W)
-    return F.batch_norm(h, None, None, gamma.flatten(), beta.flatten(), training=True).view(x.shape)
-
-
-def adain(x, psi, clamp=0.0):
+def adain(x, psi):
     """Adaptive instance norm [14]. x (B, C, H, W), psi (B, 2C): C times gamma, then C times beta.
 
     1 + gamma, not gamma: under spectral norm psi = P e starts near zero and would kill the signal.
-    clamp: else one spot can outgrow its channel, whose deviation it then is, and the rest dims.
     """
     gamma, beta = psi.chunk(2, dim=1)                           # (B, C), (B, C)
-    if not clamp:
-        return instance_norm(x, 1 + gamma, beta)                # (B, C, H, W)
-    h = instance_norm(x, torch.ones_like(gamma), torch.zeros_like(beta)).clamp(-clamp, clamp)
-    return torch.addcmul(beta[..., None, None], h, 1 + gamma[..., None, None]).to(x.dtype)
+    h = x.flatten(0, 1)[None]       # as batch norm of one image of B * C channels: (1, BC, H, W)
+    h = F.batch_norm(h, None, None, (1 + gamma).flatten(), beta.flatten(), training=True)
+    return h.view(x.shape)                                      # (B, C, H, W)
 
 
 class DownBlock(nn.Module):
@@ -93,17 +85,17 @@ class DownBlock(nn.Module):
 class AdaBlock(nn.Module):
     """Residual block of G with AdaIN; up=True: upsampled before the first convolution, as in BigGAN [6]."""
 
-    def __init__(self, c_in, c_out, up=False, clamp=0.0):
+    def __init__(self, c_in, c_out, up=False):
         super().__init__()
-        self.up, self.clamp = up, clamp
+        self.up = up
         self.psi_sizes = [2 * c_in, 2 * c_out]
         self.conv1, self.conv2 = conv(c_in, c_out, 3), conv(c_out, c_out, 3)
         self.skip = conv(c_in, c_out, 1) if up else nn.Identity()
 
     def forward(self, x, psi1, psi2):               # (B, C_in, H, W), (B, 2 C_in), (B, 2 C_out)
-        h = F.relu(adain(x, psi1, self.clamp), inplace=True)    # (B, C_in, H, W)
+        h = F.relu(adain(x, psi1), inplace=True)    # (B, C_in, H, W)
         h = upsample_conv(h, self.conv1) if self.up else self.conv1(h)  # (B, C_out, 2H, 2W)
-        h = F.relu(adain(h, psi2, self.clamp), inplace=True)    # (B, C_out, 2H, 2W)
+        h = F.relu(adain(h, psi2), inplace=True)    # (B, C_out, 2H, 2W)
         h = self.conv2(h)                                       # (B, C_out, 2H, 2W)
         x = self.skip(x)            # before upsampling: the same for a quarter of the work
         if self.up:
@@ -176,14 +168,14 @@ class Generator(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        N, size, clamp = cfg.max_channels, cfg.image_size, cfg.adain_clamp
+        N, size = cfg.max_channels, cfg.image_size
         down = [3, *cfg.widths(4 if size > 64 else 3)]                  # 3, 64, 128, 256, 512
         up = [N, *reversed(down[1:])]                                   # 512, 512, 256, 128, 64
         self.down = nn.ModuleList(
             DownBlock(a, b, first=a == 3, norm=True) for a, b in zip(down, down[1:]))
-        self.bottleneck = nn.ModuleList(AdaBlock(N, N, clamp=clamp) for _ in range(4))
-        self.up = nn.ModuleList(AdaBlock(a, b, up=True, clamp=clamp) for a, b in zip(up, up[1:]))
-        self.to_rgb, self.clamp = conv(up[-1], 3, 3), clamp
+        self.bottleneck = nn.ModuleList(AdaBlock(N, N) for _ in range(4))
+        self.up = nn.ModuleList(AdaBlock(a, b, up=True) for a, b in zip(up, up[1:]))
+        self.to_rgb = conv(up[-1], 3, 3)
 
         self.attention_down_after = int(math.log2(size // 32))  # in the encoder at 32x32
         self.attention_down = SelfAttention(down[self.attention_down_after])
@@ -216,7 +208,7 @@ class Generator(nn.Module):
             h = block(h, next(psi_hat), next(psi_hat))          # (B, up[k], 16 * 2^k, 16 * 2^k)
             if k == self.attention_up_after:
                 h = self.attention_up(h)                        # (B, 256, 64, 64)
-        h = F.relu(adain(h, next(psi_hat), self.clamp), inplace=True)  # (B, 64, S, S): A.4
+        h = F.relu(adain(h, next(psi_hat)), inplace=True)       # (B, 64, S, S): A.4
         return torch.tanh(self.to_rgb(h))                       # (B, 3, S, S)
 
     def forward(self, y, e):
@@ -296,9 +288,13 @@ def load_checkpoint(path, device="cpu", kind="meta"):
         origin = {"meta": "meta_train.py", "person": "finetune.py or infer.py --save-person"}[kind]
         raise UserError(f"{path} is a {state['kind']} file; a {kind} file is needed, from {origin}")
     try:
-        state["config"] = Config(**state["config"])
-    except TypeError as e:
+        config = dict(state["config"])
+        clamp = config.pop("adain_clamp", 0)            # of before AdaIN lost it
+        state["config"] = Config(**config)
+    except (TypeError, ValueError) as e:
         raise UserError(f"{path} has a config that this code does not know: {e}") from None
+    if clamp:
+        raise UserError(f"{path} is of when AdaIN had a clamp, and would flicker without: make it anew")
     if kind == "meta" and "G.P.bias" not in state:      # from before P had one
         state["G.P.bias"] = state["w0"].new_zeros(len(state["G.P.parametrizations.weight.original"]))
     return state

@@ -159,13 +159,11 @@ def test_the_controls_are_frames_of_the_source():
         assert [next(controls)[1][:, 0, 0, 0].tolist() for _ in range(2)] == [[0, 0], nearest]
 
 
-def test_what_is_scored_is_what_users_get(tmp_path, monkeypatch):
-    """Frame by frame what infer.py renders: folded, in its number format (here bfloat16), with the clamp."""
+def test_what_is_scored_is_what_users_get(checkpoint, monkeypatch):
+    """Frame by frame what infer.py renders: folded, in its number format (here bfloat16)."""
     for module in (evaluate, infer):
         monkeypatch.setattr(module, "fast_dtype", lambda device: torch.bfloat16)
-    cfg, E, G, D = networks(adain_clamp=.5)
-    save_checkpoint(tmp_path / "clamp.pt", "meta", cfg, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
-    state = evaluate.load_checkpoint(tmp_path / "clamp.pt")
+    state = evaluate.load_checkpoint(checkpoint)
     data = ToyHeads(1)
     source, truth = data.load(0, lambda count: [0, 1]), data.load(0, lambda count: range(2, 12))
     setup = evaluate.Setup(state=state, ff_state=None, content=None, ablation=False, detect=None,

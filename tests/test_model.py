@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-import model
 from conftest import networks
 from files import UserError
 from config import Config
@@ -116,22 +115,6 @@ def test_adain_sets_mean_and_deviation():
     out = adain(x, psi)
     assert torch.allclose(out.mean((2, 3)), psi[:, 3:], atol=1e-4)
     assert torch.allclose(out.std((2, 3), correction=0), 1 + psi[:, :3], atol=1e-3)
-
-
-def test_adain_clamps_before_it_scales_and_shifts():
-    x = torch.cat([torch.randn(62), torch.tensor([100., -50.])]).reshape(1, 1, 8, 8).expand(1, 2, 8, 8)
-    out = adain(x, torch.tensor([[1, -3, .5, 2.]]), clamp=3)
-    z = ((x - x.mean()) / x.std(correction=0)).clamp(-3, 3)                     # 100 lies beyond 3 deviations
-    expected = torch.cat([2 * z[:, :1] + .5, -2 * z[:, 1:] + 2], 1)
-    assert z.max() == 3 and torch.allclose(out, expected, atol=1e-4)
-
-
-def test_the_clamp_of_a_config_reaches_every_adain(monkeypatch):
-    clamps = []
-    monkeypatch.setattr(model, "adain", lambda x, psi, clamp: clamps.append(clamp) or adain(x, psi, clamp))
-    G = Generator(Config(64, 8, 16, adain_clamp=2.5))
-    G(torch.randn(1, 3, 64, 64), torch.rand(1, 16))
-    assert clamps == [2.5] * len(G.psi_sizes)
 
 
 def test_self_attention_against_a_loop():

@@ -188,6 +188,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | {"format": 99}, folder / "format.pt")
     torch.save(state | {"config": state["config"] | {"max_channels": 32}}, folder / "config.pt")
+    torch.save(state | {"config": state["config"] | {"adain_clamp": 3.0}}, folder / "clamp.pt")
     torch.save(state | {"config": state["config"] | {"match": False}}, folder / "ff.pt")
     torch.save(state | {"config": state["config"] | {"content": "vgg"}}, folder / "vgg.pt")
     torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
@@ -211,6 +212,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(checkpoint="foreign.pt"), "foreign.pt is not a checkpoint of this project"),
     (dict(checkpoint="format.pt"), "format 99; this code reads format 1"),
     (dict(checkpoint="config.pt"), "does not fit its own config"),
+    (dict(checkpoint="clamp.pt"), "make it anew"),
     (dict(checkpoint="ff.pt"), "without the match loss"),
     (dict(checkpoint="vgg.pt"), "put it into"),
     (dict(out="nowhere/result.mp4"), "no folder nowhere"),
