@@ -180,7 +180,8 @@ def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", help="a meta-learned one (default: the bundled one, with --toy weights/toy.pt)")
-    add("--ff-checkpoint", metavar="FILE", help="of meta_train.py --no-match (for A.2 with --K 1), for the row Ours-FF")
+    add("--ff-checkpoint", metavar="FILE",
+        help="of meta_train.py --no-match (for A.2 with --K 1), for the row Ours-FF")
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--train-data", metavar="DIR", help="the training's: are frames nearer to somebody there?")
     add("--toy", action="store_true", help="drawn heads that no training has seen, no --data")
