@@ -40,7 +40,7 @@ from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning)
 from gather import evenly
-from likeness import LIKENESS_WEIGHT
+from likeness import LIKENESS_WEIGHT, POSES
 from losses import FACE_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
                      torchscript_recognition)
@@ -249,7 +249,7 @@ def write_protocol(args, data, content, device):
     protocol = {
         "checkpoint": digest(args.checkpoint), "ff_checkpoint": digest(args.ff_checkpoint),
         "content": [content.kind, content.face_weight, digest(args.vgg19), digest(args.vggface)],
-        "likeness": LIKENESS_WEIGHT if content.face else 0,
+        "likeness": [LIKENESS_WEIGHT, POSES] if content.face else None,
         "recognition": digest(args.recognition), "drawn": f"folded, {fast_dtype(device)}",
         "data": data.name, "ablation": args.ablation, "shots": args.shots, "seed": args.seed,
         "videos": chosen}

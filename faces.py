@@ -261,7 +261,7 @@ def face_box(points):
 
 
 def five_points(points):
-    """Landmarks (..., 68, 2) -> (..., 5, 2): right eye, left eye, nose, corners of the mouth; the person's."""
+    """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, mouth's corners."""
     eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
     return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
 

@@ -14,7 +14,7 @@ from device import autocast
 from face3d import load_face3d
 
 LIKENESS_WEIGHT = 20.0
-POSES = 2           # drawn in every step
+POSES = 2       # drawn in every step
 
 
 class OtherPoses:
@@ -25,7 +25,7 @@ class OtherPoses:
 
         network: perceptual.FaceFeatures, on the device of x.
         """
-        self.network, self.x = network, x[:1]
+        self.network, self.size, self.device = network, x.shape[-1], x.device
         self.who = self._vectors(x, np.concatenate(points)).mean(0)             # (128,)
         face = load_face3d()
         self.poses = random_poses(describe(points, face), face)
@@ -38,8 +38,8 @@ class OtherPoses:
     def draw(self):
         """-> the landmarks of some more poses as images, (n, 3, S, S)."""
         self.points = np.stack([next(self.poses) for _ in range(POSES)])        # (n, 68, 2)
-        drawn = np.stack([draw_landmarks(pose, self.x.shape[-1]) for pose in self.points])
-        return to_float(torch.from_numpy(drawn).movedim(-1, 1), self.x.device)
+        drawn = np.stack([draw_landmarks(pose, self.size) for pose in self.points])
+        return to_float(torch.from_numpy(drawn).movedim(-1, 1), self.device)
 
     def loss(self, x_o):
         """1 - cosine of dlib's vectors: of frames (n, 3, S, S) in the poses drawn last, and of the photos."""
