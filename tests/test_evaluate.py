@@ -176,8 +176,9 @@ def test_what_is_scored_is_what_users_get(checkpoint, monkeypatch):
     # and after fine-tuning, on one photo
     monkeypatch.setattr(evaluate, "EPOCHS", 2)
     content, photo = evaluate.ContentLoss("l1", face=10.0), tuple(part[:1] for part in source)
-    frames = next(frames for method, frames, _ in
-                  evaluate.methods(setup._replace(content=content), 1, source, truth) if method == report.AFTER)
+    setup = setup._replace(content=content)
+    frames = next(frames for method, frames, _ in evaluate.methods(setup, 1, source, truth)
+                  if method == report.AFTER)
     _, G, psi, _ = learn_person(state, [photo], content, epochs=2, device="cpu")
     users = np.stack(list(infer.render(G, psi, truth[1], 64)))
     assert np.array_equal(frames, users)
