@@ -49,8 +49,10 @@ def timing(state, content, frames, points, shots, device):
     for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
         for T in shots:
             nets, pick = load_networks(state), torch.arange(T) % len(x)
-            others = other_poses(x[pick], list(points[pick, None]), content) if epochs else None
-            learn = lambda: finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, others=others)
+
+            def learn():
+                others = other_poses(x[pick], list(points[pick, None]), content) if epochs else None
+                finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, others=others)
             paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
             seconds = median_seconds(learn, repeats)
             lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")
