@@ -18,8 +18,9 @@ import device
 import meta_train
 from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
+from data import draw_landmarks, to_float
 from finetune import embed, finetune
-from likeness import other_poses
+from likeness import OtherPoses, other_poses
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
 from model import Discriminator, load_checkpoint
@@ -367,6 +368,30 @@ def test_other_poses_are_for_dlibs_network():
     assert not torch.equal(first, second)
     again = other_poses(x, points, content)
     assert torch.equal(first, again.draw())     # the same person file from the same photo
+
+
+class Seen:
+    """As perceptual.FaceFeatures: its vectors are the colours and where the face is, and it keeps the latter."""
+
+    def vectors(self, x, points):
+        self.points = points
+        return torch.cat([x.mean((2, 3)), torch.as_tensor(points).mean(1) / 64], dim=1)     # (B, 5)
+
+
+def test_likeness_by_hand():
+    """Who they are: the mean over all photos, each by its own landmarks. 20 (1 - cosine), in the poses drawn."""
+    _, points = ToyHeads(1).load(0, lambda count: range(9))
+    x, network = pictures(9), Seen()
+    others = OtherPoses(x, [points[:1], points[1:]], network)
+    who = torch.stack([network.vectors(x[t:t + 1], points[t:t + 1])[0] for t in range(9)]).mean(0)
+    for _ in range(2):
+        y, x_o = others.draw(), pictures(2)
+        loss = others.loss(x_o)
+        drawn = np.stack([draw_landmarks(p, 64) for p in network.points])
+        assert torch.equal(y, to_float(torch.from_numpy(drawn).movedim(-1, 1)))
+        v = network.vectors(x_o, network.points)
+        cosine = (v * who).sum(1) / (v.norm(dim=1) * who.norm())
+        assert loss.item() == pytest.approx(20 * (1 - cosine.mean().item()), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
