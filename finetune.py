@@ -10,6 +10,7 @@ import os
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
 
 from data import to_float, to_tensors
@@ -48,8 +49,10 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
         net.to(memory_format=torch.channels_last)       # a quarter faster
     psi, w = start_values(E, G, D, x, y, random, seed)
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
-    optimizer_G = torch.optim.Adam([*without_P, psi], config.lr, BETAS)
-    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], config.lr_d, BETAS)
+    optimizer_G = torch.optim.Adam([*without_P, psi], 2 * config.lr, BETAS)
+    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], 2 * config.lr_d, BETAS)
+    # ours, the "training scheduler" that A.1 did without: linearly to 0, on average meta-learning's rate
+    schedules = [PolynomialLR(optimizer, epochs) for optimizer in (optimizer_G, optimizer_D)]
 
     shuffle, history = torch.Generator().manual_seed(seed), []
     G.train()
@@ -92,6 +95,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 dsc.backward()
                 optimizer_D.step()
             history.append({name: value.item() for name, value in (losses | {"dsc": dsc}).items()})
+        for schedule in schedules:
+            schedule.step()
     G.eval()
     D.eval()
     return psi.detach(), w.detach(), history

@@ -303,15 +303,15 @@ class Others:
         return 10 * (x_o ** 2).mean()
 
 
-def reference_finetuning(E, G, D, x, y, steps, lr, lr_D, adversarial, others=None):
-    """Sec. 3.3 one frame at a time, each step on all T of them."""
+def reference_finetuning(E, G, D, x, y, rates, adversarial, others=None):
+    """Sec. 3.3 one frame at a time, each step on all T of them. rates: of G and D in each step."""
     x, y = x.split(1), y.split(1)
     e_new = sum(E(x_t, y_t)[0] for x_t, y_t in zip(x, y)).detach() / len(x)     # eq. 7
     psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # psi_gain is 2
     w = (D.w0 + e_new).detach().requires_grad_()
     parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]
     history = []
-    for _ in range(steps):
+    for lr, lr_D in rates:
         x_hat = [G.render(y_t, psi[None]) for y_t in y]
         terms = [torch.stack(content_adversarial_and_matching(D, w, *images)) for images in zip(x, x_hat, y)]
         cnt, adv, fm = torch.stack(terms).mean(0)
@@ -345,9 +345,10 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
         patch.setattr(torch.optim, "Adam", adam)
         psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial,
                                    others=others)
-    assert rates == [(3e-4, (0, 0.999)), (5e-6, (0, 0.999))]                    # those of the meta-learning
-    psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, 0, 0, 0, True)[:2]
-    psi_, w_, history_ = reference_finetuning(*reference, x, y, 2, 3e-4, 5e-6, adversarial, others)
+    assert rates == [(6e-4, (0, 0.999)), (1e-5, (0, 0.999))]                    # twice the meta-learning's
+    falling = [(6e-4, 1e-5), (3e-4, 5e-6)]                                      # to 0 after the last epoch
+    psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, [], True)[:2]
+    psi_, w_, history_ = reference_finetuning(*reference, x, y, falling, adversarial, others)
     history = [[losses[k] for k in ("cnt", "adv", "fm", "dsc")] for losses in history]
     assert np.allclose(history, history_, rtol=1e-6), (history, history_)
     for ours, theirs, began in ((psi, psi_, psi_start), (w, w_, w_start)):
