@@ -261,6 +261,12 @@ def to_float(images, device="cpu"):
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
+def landmark_images(points, size, device="cpu"):
+    """y(t) for G: landmarks (n, 68, 2) in pixels -> their drawings, float (n, 3, size, size) in [-1, 1]."""
+    drawn = np.stack([draw_landmarks(p, size) for p in points])
+    return to_float(torch.from_numpy(drawn).movedim(-1, 1), device)
+
+
 def to_uint8(images):
     """Float tensor (..., 3, S, S) in [-1, 1] -> uint8 array (..., S, S, 3)."""
     levels = (images.float().clamp(-1, 1) + 1) * 127.5

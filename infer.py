@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from adapt import adapt, describe, place, views
-from data import draw_landmarks, to_float, to_uint8
+from data import landmark_images, to_uint8
 from device import default_device, fast_dtype
 from face3d import fit, load_face3d
 from faces import landmark_detector
@@ -40,12 +40,11 @@ def render(G, psi, points, size, source=None, progress=True):
     G = G.to(dtype=dtype, memory_format=torch.channels_last)        # it is not for training any more
     batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs do large images one by one
     for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches", disable=not progress):
-        drawn = np.stack([draw_landmarks(p, size) for p in points[start:start + batch]])    # (B, S, S, 3)
-        y = to_float(torch.from_numpy(drawn).movedim(-1, 1), psi.device)                    # (B, 3, S, S)
+        y = landmark_images(points[start:start + batch], size, psi.device)                  # (B, 3, S, S)
         frames = to_uint8(G.render(y.to(dtype), psi.expand(len(y), -1)))                    # (B, S, S, 3)
         if source is not None:
             left = np.broadcast_to(to_uint8(source), frames.shape)
-            frames = np.concatenate([left, drawn, frames], axis=2)                          # (B, S, 3S, 3)
+            frames = np.concatenate([left, to_uint8(y), frames], axis=2)                    # (B, S, 3S, 3)
         yield from frames
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from adapt import describe, random_poses
-from data import draw_landmarks, to_float
+from data import landmark_images
 from device import autocast
 from face3d import load_face3d
 
@@ -38,8 +38,7 @@ class OtherPoses:
     def draw(self):
         """-> the landmarks of some more poses as images, (n, 3, S, S)."""
         self.points = np.stack([next(self.poses) for _ in range(POSES)])        # (n, 68, 2)
-        drawn = np.stack([draw_landmarks(pose, self.size) for pose in self.points])
-        return to_float(torch.from_numpy(drawn).movedim(-1, 1), self.device)
+        return landmark_images(self.points, self.size, self.device)
 
     def loss(self, x_o):
         """1 - cosine of dlib's vectors: of frames (n, 3, S, S) in the poses drawn last, and of the photos."""

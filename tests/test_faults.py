@@ -568,7 +568,7 @@ def test_frames_are_rendered_as_they_are_asked_for(monkeypatch):
     """The reason why memory does not grow with the driver; measured with --slow above."""
     drawn = []
     noted = lambda points, size: drawn.append(1) or draw_landmarks(points, size)
-    monkeypatch.setattr(infer, "draw_landmarks", noted)
+    monkeypatch.setattr("data.draw_landmarks", noted)
     cfg, E, G, D = networks()
     G.eval().fold()
     psi = G.project(torch.rand(1, 16))[0].detach()
