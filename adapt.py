@@ -105,12 +105,12 @@ def smooth(values, seconds, sigma, width, together):
 
 # --------------------------------------------------------------------------------------------- motion
 
-def adapt(track, source, motion, size, face):
+def adapt(track, source, motion, size, face, lips=1.0):
     """The landmarks that drive `source`: Track of n frames -> (n, 68, 2), pixels of a size x size crop.
 
     motion "relative": the photo's pose and expression plus the driver's change from its own neutral,
     framed as the photo.  "absolute": the driver's pose and expression on the source's shape, framed as the
-    driver.  In both, lips open as far as the driver's, and lids by the driver's share.
+    driver.  In both, lips open `lips` times as far as the driver's, and lids by the driver's share.
     "paper": the driver's landmarks as they are.
     """
     points, found = track.in_crops(size), track.found
@@ -118,7 +118,7 @@ def adapt(track, source, motion, size, face):
         return points
     driver = steady(fit(points, face), track.seconds(), shots(face_box(track.points)), found)
     neutral_pose, neutral_z, neutral_opening = (np.median(part[found], axis=0) for part in driver[:3])
-    opening = take_over(driver.opening, neutral_opening, source, face)
+    opening = take_over(driver.opening, neutral_opening, source, face, lips)
 
     if motion == "relative":
         change = driver.pose - neutral_pose
@@ -144,11 +144,12 @@ def awake(source, face):
     return np.maximum(source.opening, 0.7 * expected)
 
 
-def take_over(driver, neutral, source, face):
+def take_over(driver, neutral, source, face, lips):
     """Openings of the driver (n, 7) and of its neutral (7,) -> of the source (n, 7)."""
     share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))     # the driver may be asleep
     lids = (awake(source, face) * share.clip(0, 1.6))[:, LIDS]
-    return np.concatenate([lids, driver[:, LIPS].clip(SHUT)], axis=1)
+    apart = (driver[:, LIPS] - SHUT).clip(0)
+    return np.concatenate([lids, SHUT + lips * apart], axis=1)
 
 
 def place(pose, z, opening, source, face):

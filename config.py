@@ -24,6 +24,7 @@ class Config:
     stills: float = 0.0         # share of episodes made of one frame, warped K + 1 times
     match_weight: float = 10.0  # of L_MCH
     face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
+    lips: float = 1.0           # adapt.py draws lips this much farther apart, for a G that opens too little
 
     def __post_init__(self):
         if self.image_size not in (64, 128, 256, 512):

@@ -206,7 +206,7 @@ def main():
     if args.views:
         write_views(args.out, args.sheet, lambda points: render(G, psi, points, size), source, face)
         return
-    points = adapt(track, source, motion, size, face)
+    points = adapt(track, source, motion, size, face, config.lips)
     frames = render(G, psi, points, size, shown if args.compare else None)
     write_video(args.out, frames, track.pts, track.time_base, sound_from)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")

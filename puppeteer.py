@@ -131,7 +131,7 @@ def drive(folder, name, someone, drivers, everyone, setup):
     rows = []
     for driver in drivers:
         for motion in MOTIONS:
-            points = adapt(driver.track, source, motion, config.image_size, face)       # (n, 68, 2)
+            points = adapt(driver.track, source, motion, config.image_size, face, config.lips)  # (n, 68, 2)
             chosen = points[driver.chosen]
             results = draw(chosen)                                                      # (m, S, S, 3)
             vectors = np.stack([setup.recognise(*pair) for pair in zip(results, chosen)])

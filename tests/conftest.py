@@ -32,7 +32,7 @@ from model import Discriminator, Embedder, Generator, save_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
 PHOTO = ROOT / "assets" / "astronaut.jpg"
-TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1")
+TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1", lips=1.25)
 TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2", "--batch", "2"]
 
 

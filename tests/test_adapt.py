@@ -231,6 +231,15 @@ def test_a_laughing_photo_shuts_its_mouth(bundled):
         assert np.polyfit(wanted[:, -1], lips, 1)[0] == pytest.approx(1, abs=0.05)
 
 
+def test_lips_farther_apart_for_a_shy_generator(bundled):
+    source, (points, wanted) = adapt.describe([laughing(bundled)], bundled), talk(bundled)
+    for motion in ("relative", "absolute"):
+        driven = adapt.adapt(track(points), source, motion, SIZE, bundled, lips=1.3)
+        lips = opened(driven, bundled)[:, face3d.LIPS].mean(1)
+        assert lips.min() < 0.02 and lips.min() > 0                         # and still they shut
+        assert np.polyfit(wanted[:, -1], lips, 1)[0] == pytest.approx(1.3, abs=0.065)
+
+
 def test_lids_close_by_the_drivers_share(bundled):
     points, wanted = talk(bundled)
     blinking = laughing(bundled).copy()

@@ -158,6 +158,8 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
 def test_infer_from_a_photo_is_finetune_then_infer(tmp_path, checkpoint, clip, monkeypatch):
     assert infer.EPOCHS == 40           # as finetune.py's default, tested above
     monkeypatch.setattr(infer, "EPOCHS", 4)
+    lips, adapt = [], infer.adapt
+    monkeypatch.setattr(infer, "adapt", lambda *args: lips.append(args[5]) or adapt(*args))
     succeed("infer.py", "--photo", PHOTO, "--driver", clip, "--checkpoint", checkpoint,
             "--save-person", "a.pt", cwd=tmp_path)
     succeed("finetune.py", "--photos", PHOTO, "--checkpoint", checkpoint, "--epochs", "4",
@@ -166,6 +168,7 @@ def test_infer_from_a_photo_is_finetune_then_infer(tmp_path, checkpoint, clip, m
             "--save-person", "ff.pt", "--feed-forward", "--out", "ff.mp4", cwd=tmp_path)
     a, b, ff = (tensors(tmp_path / name) for name in ("a.pt", "b.pt", "ff.pt"))
     assert same(a, b) and not torch.equal(a["psi"], ff["psi"])
+    assert lips == [1.25, 1.25]         # as the checkpoint says
 
 
 # -------------------------------------------------------------------------------------------- wrong input
