@@ -50,6 +50,14 @@ def match_loss(e, w_i):
     return l1(e, w_i.detach()[:, None])
 
 
+def face_terms(net, x_hat, x):
+    """Ours: the relative L1 of each output of perceptual.FaceFeatures; the last says who it is."""
+    with torch.no_grad():
+        target = net(x)
+    sizes = [t.abs().mean(dtype=torch.float32) for t in target]
+    return [l1(f, t) / size for f, t, size in zip(net(x_hat), target, sizes)]
+
+
 class ContentLoss(nn.Module):
     """L_CNT: weighted L1 between the activations of fixed networks on x_hat and x (Sec. 3.4).
 
@@ -85,9 +93,5 @@ class ContentLoss(nn.Module):
                 target = term(x)                                # (B, C_k, S_k, S_k) of each layer k
             loss = loss + term.weight * sum(l1(f, t) for f, t in zip(term(x_hat), target))
         if self.face:
-            with torch.no_grad():
-                target = self.face(x)
-            sizes = [t.abs().mean(dtype=torch.float32) for t in target]
-            relative = [l1(f, t) / size for f, t, size in zip(self.face(x_hat), target, sizes)]
-            loss = loss + self.face_weight * sum(relative)
+            loss = loss + self.face_weight * sum(face_terms(self.face, x_hat, x))
         return loss

@@ -188,11 +188,12 @@ class Generator(nn.Module):
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes))), cfg.psi_gain  # 13,056
         nn.init.zeros_(self.P.bias)
+        self.P.register_buffer("mean", torch.zeros(N))          # of e over people, where known: teach.py
 
     def project(self, e):
         """psi_hat = P e_hat: (B, N) -> (B, |psi_hat|), what makes the person (Sec. 3.1)."""
         with torch.autocast(e.device.type, enabled=False):      # gamma is small beside 1: float32
-            return self.gain * self.P(e)
+            return self.gain * self.P(e - self.P.mean)
 
     def render(self, y, psi_hat):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi_hat (B, |psi_hat|) -> (B, 3, S, S)."""
@@ -297,6 +298,8 @@ def load_checkpoint(path, device="cpu", kind="meta"):
         raise UserError(f"{path} is of when AdaIN had a clamp, and would flicker without: make it anew")
     if kind == "meta" and "G.P.bias" not in state:      # from before P had one
         state["G.P.bias"] = state["w0"].new_zeros(len(state["G.P.parametrizations.weight.original"]))
+    if kind == "meta":
+        state.setdefault("G.P.mean", torch.zeros_like(state["w0"]))
     return state
 
 
