@@ -36,9 +36,9 @@ def teach_embedder(E, N, teacher, episodes, steps, device):
 
     Returns R^2, the share of these vectors' variance that it told over the last hundred steps.
     """
-    D = teacher.matrix.shape[1]                                 # 128
-    tell = nn.Sequential(nn.BatchNorm1d(N, affine=False), nn.Linear(N, D)).to(device)
-    standard = nn.BatchNorm1d(D, affine=False).to(device)
+    size = teacher.matrix.shape[1]                              # 128
+    tell = nn.Sequential(nn.BatchNorm1d(N, affine=False), nn.Linear(N, size)).to(device)
+    standard = nn.BatchNorm1d(size, affine=False).to(device)
     optimizer = torch.optim.Adam([*E.parameters(), *tell.parameters()], LR_E, BETAS)
     schedule = CosineAnnealingLR(optimizer, steps)
     E.train()
