@@ -131,7 +131,7 @@ def parse():
     add("--out", required=True, metavar="FILE", help="the checkpoint with E and P taught")
     add("--steps-E", type=int, default=9000, metavar="N", help=f"of {BATCH} frames (9000)")
     add("--steps-P", type=int, default=1500, metavar="N", help=f"of {BATCH // 4} episodes (1500)")
-    add("--seed", type=int, default=0, help="of the data: another one where it goes on (0)")
+    add("--seed", type=int, default=0, help="another one where it goes on (0)")
     args = parser.parse_args()
     check_paths([args.checkpoint], [args.out])
     for name in ("steps_E", "steps_P"):
@@ -144,6 +144,7 @@ def parse():
 
 def main():
     args, device = parse(), torch.device(default_device())
+    torch.manual_seed(args.seed)
     state = load_checkpoint(args.checkpoint, device)
     videos = PreparedVideos(args.data, state["config"].image_size)
     config = replace(state["config"], by_frames=False)          # every person as often

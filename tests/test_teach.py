@@ -135,7 +135,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint):
         E, _, D = load_networks(load_checkpoint(path))
         with torch.no_grad():
             average.append(D.w0 + E(x, y).mean(0))
-    assert torch.allclose(*average, atol=0.02) and not torch.allclose(old["w0"], new["w0"], atol=0.1)
+    assert torch.allclose(*average, atol=0.05) and not torch.allclose(old["w0"], new["w0"], atol=0.1)
 
     # meta-learning goes on with it, under this gain alone
     train = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--grow-from", "taught.pt"]
