@@ -55,7 +55,8 @@ def test_E_learns_what_the_teacher_says(nets):
     first = teach.teach_embedder(copy.deepcopy(E), 32, teacher, episodes(1, 8), 5, cpu)
     told = teach.teach_embedder(E, 32, teacher, episodes(1, 8), 150, cpu)
     assert told > 0.6 > 0.1 > first
-    assert not any(torch.equal(p, q) for p, q in zip(before.net.blocks.parameters(), E.net.blocks.parameters()))
+    parameters = zip(before.net.blocks.parameters(), E.net.blocks.parameters())
+    assert not any(torch.equal(p, q) for p, q in parameters)
 
 
 def test_the_fitted_reader_says_what_P_said(nets):
