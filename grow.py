@@ -30,7 +30,8 @@ def grow(E, G, D, path, config, episodes):
             f"--grow-from {path}: it has {was.image_size} pixels and {was.min_channels} to {was.max_channels}"
             " channels; half the size and twice --min-channels are needed, or all the same")
     if config.psi_gain != was.psi_gain:
-        raise UserError(f"--grow-from {path}: it was made with --psi-gain {was.psi_gain:g}, which P goes with")
+        raise UserError(f"--grow-from {path}: it was made with --psi-gain {was.psi_gain:g}, "
+                        "which P goes with")
     renumbered = lambda m: f"{m[1]}.{int(m[2]) + shift}."
     old = {re.sub(r"^(E\.net\.blocks|V\.blocks|G\.down)\.(\d+)\.", renumbered, key): value
            for key, value in state.items() if torch.is_tensor(value)}

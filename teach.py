@@ -31,6 +31,17 @@ BATCH = 32                      # frames; (3) has as many episodes as the meta-l
 FITTED = 200                    # batches that P is fitted on before it is trained
 
 
+class Reader(nn.Linear):
+    """psi_hat from (e - mean) / spread: mean (N,) over people, one spread for all of e. What P becomes."""
+
+    def __init__(self, mean, spread, size):
+        super().__init__(len(mean), size, device=mean.device)
+        self.mean, self.spread = mean, spread
+
+    def forward(self, e):                                       # (B, N)
+        return super().forward((e - self.mean) / self.spread)   # (B, |psi|)
+
+
 def teach_embedder(E, N, teacher, episodes, steps, device):
     """(1) E learns to tell dlib's vector of its picture, by a linear map of e that is not kept.
 
@@ -63,7 +74,7 @@ def teach_embedder(E, N, teacher, episodes, steps, device):
 def fit_reader(E, old_E, G, episodes, device):
     """(2) The linear map of the new e to psi_hat as it was, by ridge regression.
 
-    -> nn.Linear, which reads (e - mean) / spread; mean (N,), over people; spread, a number; the old mean.
+    -> the Reader, and the mean over people of the old e (N,).
     """
     new, old = [], []
     for _, x, y, _ in tqdm(batches(episodes, 0, FITTED, device), "fitting P", FITTED, unit=" steps"):
@@ -77,13 +88,13 @@ def fit_reader(E, old_E, G, episodes, device):
     spread = (e - mean).square().mean().sqrt()
 
     z, eye = (e - mean) / spread, torch.eye(e.shape[1], device=device)
-    reader = nn.Linear(e.shape[1], psi.shape[1]).to(device)
+    reader = Reader(mean, spread, psi.shape[1])
     reader.weight.copy_(torch.linalg.solve(z.T @ z + 0.005 * len(z) * eye, z.T @ (psi - psi_mean)).T)
     reader.bias.copy_(psi_mean)
-    return reader, mean, spread, old_e.mean(0)
+    return reader, old_e.mean(0)
 
 
-def teach_reader(reader, mean, spread, E, G, teacher, episodes, steps, device):
+def teach_reader(reader, E, G, teacher, episodes, steps, device):
     """(3) The reader learns from G's pictures, on fixed networks: those of the person, by dlib's eyes."""
     G.requires_grad_(False)
     optimizer = torch.optim.Adam(reader.parameters(), LR_P, BETAS)
@@ -94,7 +105,7 @@ def teach_reader(reader, mean, spread, E, G, teacher, episodes, steps, device):
             with torch.no_grad():
                 e = E(x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1)).float()
                 e = e.unflatten(0, (len(x), -1)).mean(1)        # eq. 1: (B, N)
-        psi_hat = reader((e - mean) / spread)                   # (B, |psi|): float32, as in G.project
+        psi_hat = reader(e)                                     # (B, |psi|): float32, as in G.project
         with autocast(x.device):
             x_hat = G.render(y_t, psi_hat).float()              # (B, 3, S, S)
             *look, who = face_terms(teacher, x_hat, x_t)
@@ -106,18 +117,18 @@ def teach_reader(reader, mean, spread, E, G, teacher, episodes, steps, device):
 
 
 @torch.no_grad()
-def become_P(G, reader, mean, spread):
+def become_P(G, reader):
     """(4) P of norm 1, its gain, and its bias, that make the same psi_hat -> the gain.
 
     The weights below spectral normalisation get the size that they have in a fresh nn.Linear.
     """
-    weight = reader.weight / spread                             # (|psi|, N)
+    weight = reader.weight / reader.spread                             # (|psi|, N)
     gain = float(f"{torch.linalg.matrix_norm(weight, 2):.4g}")     # short enough for a flag
     norm = G.P.parametrizations.weight
     norm.original.copy_(weight / weight.square().mean().sqrt() / (3 * weight.shape[1]) ** 0.5)
     norm[0]._power_method(norm.original, 50)
     G.P.bias.copy_(reader.bias / gain)
-    G.P.mean.copy_(mean)
+    G.P.mean.copy_(reader.mean)
     return gain
 
 
@@ -156,11 +167,11 @@ def main():
     frames = draw(1, BATCH // 2, 0)
     told = teach_embedder(E, config.max_channels, teacher, frames, args.steps_E, device)
     print(f"of the variance of dlib's vectors, e tells {100 * told:.0f} %")
-    reader, mean, spread, old_mean = fit_reader(E, old_E, G, draw(1, BATCH // 2, 1), device)
-    teach_reader(reader, mean, spread, E, G, teacher, draw(2, BATCH // 4, 2), args.steps_P, device)
-    config = replace(state["config"], psi_gain=become_P(G, reader, mean, spread))
+    reader, old_mean = fit_reader(E, old_E, G, draw(1, BATCH // 2, 1), device)
+    teach_reader(reader, E, G, teacher, draw(2, BATCH // 4, 2), args.steps_P, device)
+    config = replace(state["config"], psi_gain=become_P(G, reader))
     with torch.no_grad():
-        D.w0 += old_mean - mean                                 # as before, w0 + e is to D on average
+        D.w0 += old_mean - reader.mean                                 # as before, w0 + e is to D on average
     save_checkpoint(args.out, "meta", config, state["step"], E=E, G=G, V=D.V, w0=D.w0, b=D.b)
     print(f"wrote {args.out}: go on with meta_train.py --grow-from {args.out} --psi-gain {config.psi_gain:g}")
 
