@@ -24,6 +24,8 @@ class Config:
     stills: float = 0.0         # share of episodes made of one frame, warped K + 1 times
     match_weight: float = 10.0  # of L_MCH
     face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
+    face_vector: float = 1.0    # of the face term's last output, beside 1 of each other
+    fix_embedder: bool = False  # E stays as it came
     lips: float = 1.0           # adapt.py draws lips this much farther apart, for a G that opens too little
 
     def __post_init__(self):

@@ -74,7 +74,7 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ paths
+# ------------------------------------------------------------------------------------- flags and paths
 
 def check_paths(inputs, outputs=()):
     """UserError now, not after minutes of work, if an input is missing or an output cannot be written.
@@ -94,6 +94,14 @@ def check_paths(inputs, outputs=()):
     for k, path in enumerate(outputs):
         if targets[k] in targets[:k]:
             raise UserError(f"cannot write {path}: another output has the same name")
+
+
+def check_least(args, least, *names):
+    """UserError for the first of these flags (as argparse names them) that is below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {least} or more is needed")
 
 
 def problem_of_input(path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import to_float, to_tensors
 from device import autocast, default_device
 from faces import landmark_detector
-from files import UserError, check_paths, make_parser, run, warn
+from files import UserError, check_least, check_paths, make_parser, run, warn
 from gather import faces_in
 from likeness import other_poses
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
@@ -232,8 +232,7 @@ def main():
     add("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from noise")
     add_content_flags(parser)
     args = parser.parse_args()
-    if args.epochs < 1:
-        raise UserError(f"--epochs {args.epochs}: at least 1 is needed")
+    check_least(args, 1, "epochs")
     check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
 
     device = default_device()

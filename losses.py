@@ -67,10 +67,11 @@ class ContentLoss(nn.Module):
     kind "l1":       L1 on pixels alone.
     face:            weight of our stand-in for VGGFace, which needs no download: the relative L1 of
                      dlib's recognition network. It is left out where `vggface` is given.
+    face_vector:     in it, the weight of the network's last output, which says who it is.
     UserError where a file or a download cannot be had.
     """
 
-    def __init__(self, kind, vgg19=None, vggface=None, face=0.0):
+    def __init__(self, kind, vgg19=None, vggface=None, face=0.0, face_vector=1.0):
         super().__init__()
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
         if kind == "vgg":
@@ -83,7 +84,7 @@ class ContentLoss(nn.Module):
         elif kind == "squeeze":
             self.terms.append(squeezenet_features(SQUEEZE_WEIGHT))
         self.face = FaceFeatures() if face and not vggface else None
-        self.face_weight = face
+        self.face_weight, self.vector_weight = face, face_vector
         self.requires_grad_(False).eval()
 
     def forward(self, x_hat, x):                                # (B, 3, S, S) twice
@@ -93,5 +94,6 @@ class ContentLoss(nn.Module):
                 target = term(x)                                # (B, C_k, S_k, S_k) of each layer k
             loss = loss + term.weight * sum(l1(f, t) for f, t in zip(term(x_hat), target))
         if self.face:
-            loss = loss + self.face_weight * sum(face_terms(self.face, x_hat, x))
+            *look, who = face_terms(self.face, x_hat, x)
+            loss = loss + self.face_weight * (sum(look) + self.vector_weight * who)
         return loss

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from config import Config
 from data import Episodes, PreparedVideos, to_float, to_uint8
 from device import autocast
-from files import UserError, atomic, check_paths, make_parser, run
+from files import UserError, atomic, check_least, check_paths, make_parser, run
 from grow import grow
 from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
                     match_loss)
@@ -149,6 +149,8 @@ def parse():
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
     add("--face", type=float, default=0.0, metavar="WEIGHT",
         help="of our stand-in for VGGFace, which needs no download, e.g. 3 (0: without it)")
+    add("--face-vector", type=float, default=1.0, metavar="WEIGHT",
+        help="in it, of the last layer, which says who it is, e.g. 6; of the others 1 (1)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="checkpoints hold a moving average of E and G, e.g. 0.999 (0: none)")
     add("--by-frames", action="store_true",
@@ -162,6 +164,7 @@ def parse():
         help="of the match loss (10; the authors' later code: 0.01)")
     add("--grow-from", metavar="FILE",
         help="start from a step-N.pt of half the size and half of --min-channels, or of the same")
+    add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")
     add("--save-every", type=int, default=1000, metavar="N",
         help="steps between checkpoints, of which two stay, and sample grids (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
@@ -182,9 +185,9 @@ def check(args):
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
-    for name in ("seed", "face", "match_weight"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more is needed")
+    check_least(args, 0, "seed", "face", "face_vector", "match_weight")
+    if args.fix_embedder and not args.grow_from:
+        raise UserError("--fix-embedder: from which checkpoint? --grow-from is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -211,7 +214,7 @@ def find_data(args, rank, world):
     else:
         videos = unseen = PreparedVideos(args.data, args.image_size)
     same = ("image_size", "min_channels", "max_channels", "content", "K", "lr", "lr_d", "ema", "by_frames",
-            "augment", "stills", "psi_gain", "match_weight", "face")
+            "augment", "stills", "psi_gain", "match_weight", "face", "face_vector", "fix_embedder")
     config = Config(num_videos=len(videos), landmarks=videos.detector, match=not args.no_match,
                     **{name: getattr(args, name) for name in same})
     episodes = Episodes(videos, args.K, slots, seed=args.seed, rank=rank, world=world, config=config)
@@ -256,7 +259,7 @@ def main():
     config, episodes, examples, steps = find_data(args, rank, world)
     run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": episodes.videos.name}
     done = open_run(args.out, args.resume)
-    content = ContentLoss(args.content, args.vgg19, args.vggface, args.face).to(device)
+    content = ContentLoss(args.content, args.vgg19, args.vggface, args.face, args.face_vector).to(device)
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
 
@@ -276,9 +279,11 @@ def main():
     if args.grow_from and not start:
         grow(E, G, D, args.grow_from, config, episodes)
         update_average(averages, (E, G), decay=0.0)
+    E.requires_grad_(not config.fix_embedder)
     only = [local_rank] if device.type == "cuda" else None
     # A.4: gradients are reduced "only for the generator and the embedder"; D is each rank's own
-    E_ddp, G_ddp = (DDP(net, device_ids=only) if world > 1 else net for net in (E, G))
+    E_ddp = DDP(E, device_ids=only) if world > 1 and not config.fix_embedder else E
+    G_ddp = DDP(G, device_ids=only) if world > 1 else G
 
     # loop
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import meta_train
-from conftest import TINY_FLAGS, networks, tensors
+from conftest import ROOT, TINY_FLAGS, fail, networks, tensors, torchrun
 from data import Episodes, to_float, to_tensors
 from device import fast_dtype
 from files import UserError
@@ -73,6 +73,17 @@ def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
     a, b = tensors(tmp_path / "small/step-1.pt"), tensors(tmp_path / "large/step-1.pt")
     key = "G.bottleneck.0.conv1.parametrizations.weight.original"
     assert (a[key] - b[key]).abs().max() < 1e-3                                 # one step of Adam further
+
+
+def test_a_fixed_embedder_stays_as_it_came(tmp_path, checkpoint):
+    """Under two ranks, too, where DDP would refuse a network that learns nothing."""
+    flags = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--out", "run", "--fix-embedder"]
+    result = torchrun(ROOT / flags[0], *flags[1:], "--grow-from", checkpoint, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    old, new = tensors(checkpoint), tensors(tmp_path / "run/step-1.pt")
+    weights = [key for key in old if key.endswith((".bias", ".original"))]
+    assert {key[0] for key in weights if not torch.equal(old[key], new[key])} == {"G", "V"}
+    assert "--grow-from" in fail(*flags, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("capability, dtype", [
