@@ -105,7 +105,7 @@ def smooth(values, seconds, sigma, width, together):
 
 # --------------------------------------------------------------------------------------------- motion
 
-def adapt(track, source, motion, size, face, lips=1.0):
+def adapt(track, source, motion, size, face, lips):
     """The landmarks that drive `source`: Track of n frames -> (n, 68, 2), pixels of a size x size crop.
 
     motion "relative": the photo's pose and expression plus the driver's change from its own neutral,

@@ -35,9 +35,9 @@ rows = [[blank, *(draw_landmarks(p, size) for p in track.in_crops(size)[POSES])]
 for photo in PHOTOS:
     parts = load_parts([str(ASSETS / photo)], config, detect)
     source = describe([points for _, points in parts], face)
-    _, G, psi, _ = learn_person(state, parts, content, EPOCHS, device)
+    G, psi, _ = learn_person(state, parts, content, EPOCHS, device)
     for motion in ("paper", "absolute", "relative"):
-        points = adapt(track, source, motion, size, face)[POSES]
+        points = adapt(track, source, motion, size, face, config.lips)[POSES]
         first = parts[0][0][0] if motion == "paper" else blank
         rows.append([first, *render(G, psi, points, size)])
 cells = [[np.asarray(Image.fromarray(cell).resize((CELL, CELL), Image.BICUBIC)) for cell in row]

@@ -209,7 +209,7 @@ def test_short_drivers(bundled, n):
     points = talk(bundled)[0][:n]
     source = adapt.describe([draw(bundled, 1)[0]], bundled)
     for motion in ("relative", "absolute", "paper"):
-        assert np.isfinite(adapt.adapt(track(points), source, motion, SIZE, bundled)).all()
+        assert np.isfinite(adapt.adapt(track(points), source, motion, SIZE, bundled, 1.0)).all()
 
 
 # --------------------------------------------------------------------------------------------------- motion
@@ -225,7 +225,7 @@ def test_a_laughing_photo_shuts_its_mouth(bundled):
     assert source.opening[face3d.LIPS].mean() > 0.25
     points, wanted = talk(bundled)
     for motion in ("relative", "absolute"):
-        driven = adapt.adapt(track(points), source, motion, SIZE, bundled)
+        driven = adapt.adapt(track(points), source, motion, SIZE, bundled, 1.0)
         lips = opened(driven, bundled)[:, face3d.LIPS].mean(1)
         assert lips.min() < 0.02 and lips.min() > 0
         assert np.polyfit(wanted[:, -1], lips, 1)[0] == pytest.approx(1, abs=0.05)
@@ -234,7 +234,7 @@ def test_a_laughing_photo_shuts_its_mouth(bundled):
 def test_lips_farther_apart_for_a_shy_generator(bundled):
     source, (points, wanted) = adapt.describe([laughing(bundled)], bundled), talk(bundled)
     for motion in ("relative", "absolute"):
-        driven = adapt.adapt(track(points), source, motion, SIZE, bundled, lips=1.3)
+        driven = adapt.adapt(track(points), source, motion, SIZE, bundled, 1.3)
         lips = opened(driven, bundled)[:, face3d.LIPS].mean(1)
         assert lips.min() < 0.02 and lips.min() > 0                         # and still they shut
         assert np.polyfit(wanted[:, -1], lips, 1)[0] == pytest.approx(1.3, abs=0.065)
@@ -248,7 +248,7 @@ def test_lids_close_by_the_drivers_share(bundled):
     blinking[:, face3d.UPPER[:4]] = blinking[:, face3d.LOWER[:4]] = middle
     for photo in (laughing(bundled), blinking):
         source = adapt.describe([photo], bundled)
-        driven = adapt.adapt(track(points), source, "relative", SIZE, bundled)
+        driven = adapt.adapt(track(points), source, "relative", SIZE, bundled, 1.0)
         lids = opened(driven, bundled)[:, face3d.LIDS].mean(1)
         assert np.median(lids) > 0.5 * face3d.gaps(bundled.mean)[face3d.LIDS].mean()
         assert lids[50] / np.median(lids) == pytest.approx(0.2, abs=0.05)
@@ -260,7 +260,7 @@ def test_lips_never_cross(bundled, motion):
     for seed in range(20):
         source = adapt.describe([draw(bundled, 1, seed)[0]], bundled)
         driver = draw(bundled, 30, 100 + seed)[0]
-        result = adapt.adapt(track(driver), source, motion, SIZE, bundled)
+        result = adapt.adapt(track(driver), source, motion, SIZE, bundled, 1.0)
         along = face3d.down(face3d.fit(result, bundled).pose)
         gap = lambda a, b: ((result[:, b] - result[:, a]) * along[:, None]).sum(-1)
         assert (gap(face3d.UPPER[4:], face3d.LOWER[4:]) > 0).all()
@@ -270,9 +270,9 @@ def test_relative_starts_from_the_photo_and_takes_the_drivers_turns(bundled):
     photo = talk(bundled, seed=7)[0][:1]                                     # the mouth shut
     source = adapt.describe([photo], bundled)
     still = np.repeat(talk(bundled)[0][:1], 30, axis=0)
-    assert change(adapt.adapt(track(still), source, "relative", SIZE, bundled), photo) < 0.5
+    assert change(adapt.adapt(track(still), source, "relative", SIZE, bundled, 1.0), photo) < 0.5
     points, _ = talk(bundled)
-    result = face3d.fit(adapt.adapt(track(points), source, "relative", SIZE, bundled), bundled).pose
+    result = face3d.fit(adapt.adapt(track(points), source, "relative", SIZE, bundled, 1.0), bundled).pose
     driver, pose = face3d.fit(points, bundled).pose, face3d.fit(photo, bundled).pose
     for k in range(3):
         assert np.corrcoef(result[:, k], driver[:, k])[0, 1] > 0.95
@@ -282,17 +282,17 @@ def test_relative_starts_from_the_photo_and_takes_the_drivers_turns(bundled):
 def test_the_first_frame_is_not_the_drivers_neutral(bundled):
     points, _ = talk(bundled)
     source = adapt.describe([draw(bundled, 1, seed=3)[0]], bundled)
-    whole = adapt.adapt(track(points), source, "relative", SIZE, bundled)
-    later = adapt.adapt(track(points[5:]), source, "relative", SIZE, bundled)
+    whole = adapt.adapt(track(points), source, "relative", SIZE, bundled, 1.0)
+    later = adapt.adapt(track(points[5:]), source, "relative", SIZE, bundled, 1.0)
     assert change(whole[15:], later[10:]) < 1.5
 
 
 def test_absolute_on_oneself_changes_little(bundled):
     points = talk(bundled)[0] + np.random.default_rng(0).normal(0, 0.5, (100, 68, 2))
     own = track(points).in_crops(SIZE)
-    result = adapt.adapt(track(points), adapt.describe([own], bundled), "absolute", SIZE, bundled)
+    result = adapt.adapt(track(points), adapt.describe([own], bundled), "absolute", SIZE, bundled, 1.0)
     assert change(result, own) < 1.5
-    assert np.array_equal(adapt.adapt(track(points), None, "paper", SIZE, bundled), own)
+    assert np.array_equal(adapt.adapt(track(points), None, "paper", SIZE, bundled, 1.0), own)
 
 
 def test_absolute_brings_the_sources_shape(bundled):
@@ -302,7 +302,7 @@ def test_absolute_brings_the_sources_shape(bundled):
     photos = [p[None] for p in draw(bundled, 8, z=np.tile(who, (8, 1)))[0]]
     source = adapt.describe(photos, bundled)
     driver = talk(bundled)[0]
-    result = face3d.fit(adapt.adapt(track(driver), source, "absolute", SIZE, bundled), bundled).z.mean(0)
+    result = face3d.fit(adapt.adapt(track(driver), source, "absolute", SIZE, bundled, 1.0), bundled).z.mean(0)
     there, here = np.linalg.norm(result - who), np.linalg.norm(face3d.fit(driver, bundled).z.mean(0) - who)
     assert there < 0.5 * here
 
