@@ -30,16 +30,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from data import PreparedVideos, to_float, to_tensors, to_uint8
+from data import PreparedVideos
 from device import default_device, fast_dtype
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning)
 from gather import evenly
+from infer import render
 from likeness import LIKENESS_WEIGHT, POSES
 from losses import FACE_WEIGHT, ContentLoss
 from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
@@ -73,18 +73,6 @@ class Setup(NamedTuple):
     device: str
 
 
-def draw(G, psi, y):
-    """What users get of infer.py: G'(y; psi, psi') of a folded G, in the device's fast number format.
-
-    y (n, 3, S, S) -> uint8 (n, S, S, 3).
-    """
-    dtype = fast_dtype(y.device)
-    G = G.to(dtype=dtype, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        frames = [G.render(part.to(dtype), psi.expand(len(part), -1)) for part in y.split(8)]
-    return to_uint8(torch.cat(frames))
-
-
 def methods(setup, T, source, truth):
     """Learn from the first T frames of `source`, then draw the n hold-out frames by every method.
 
@@ -101,12 +89,12 @@ def methods(setup, T, source, truth):
 
     # ours
     photos = list(zip(frames[:, None], points[:, None]))        # every frame counts as a photo
-    y_hold = to_float(to_tensors(*truth)[1], setup.device)                            # (n, 3, S, S)
 
     def ours(state, epochs=EPOCHS, **switches):
-        _, G, psi, _ = learn_person(state, photos, setup.content, epochs, setup.device, progress=False,
-                                    **switches)
-        return draw(G, psi, y_hold), truth[1]
+        G, psi, _ = learn_person(state, photos, setup.content, epochs, setup.device, progress=False,
+                                 **switches)
+        size = state["config"].image_size
+        return np.stack(list(render(G, psi, truth[1], size, progress=False))), truth[1]
 
     if setup.ff_state:
         yield FF, *ours(setup.ff_state, epochs=0)

@@ -1,7 +1,7 @@
 """Stage 2, Sec. 3.3: few-shot learning of a new person by fine-tuning on T photos or frames.
 
     python finetune.py --photos A.jpg B.jpg --out person.pt
-    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-24000.pt
+    python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-8100.pt
 
 Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
 """
@@ -51,7 +51,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
     optimizer_G = torch.optim.Adam([*without_P, psi], 2 * config.lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], 2 * config.lr_d, BETAS)
-    # ours, the "training scheduler" that A.1 did without: linearly to 0, on average meta-learning's rate
+    # ours, the "training scheduler" that A.1 did without: from twice meta-learning's rate linearly to 0
     schedules = [PolynomialLR(optimizer, epochs) for optimizer in (optimizer_G, optimizer_D)]
 
     shuffle, history = torch.Generator().manual_seed(seed), []
@@ -109,25 +109,21 @@ def start_values(E, G, D, x, y, random, seed):
         psi = G.project(e_new[None])[0]
         w = D.w0 + e_new
         if random:
-            e_new, psi, w = randomised(random, e_new, psi, w, G, D, seed)
+            psi, w = randomised(random, e_new, psi, w, G, D, seed)
     return nn.Parameter(psi), nn.Parameter(w)
 
 
 def randomised(what, e_new, psi, w, G, D, seed):
     """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have.
 
-    Takes and returns e_new (N,), psi (|psi|,), w (N,).
+    e_new (N,), psi (|psi|,), w (N,) -> psi, w.
     """
     noise = torch.Generator(e_new.device).manual_seed(seed)
     like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
     if what == "e":
         e_new = like(e_new).relu()
-        psi, w = G.project(e_new[None])[0], D.w0 + e_new
-    elif what == "psi":
-        psi = like(psi)
-    elif what == "w":
-        w = D.w0 + like(e_new)
-    return e_new, psi, w
+        return G.project(e_new[None])[0], D.w0 + e_new
+    return (like(psi), w) if what == "psi" else (psi, D.w0 + like(e_new))
 
 
 # ------------------------------------------------------------------ for this command and infer.py
@@ -194,7 +190,7 @@ def load_for_finetuning(path, device, random=None):
 
 
 def learn_person(state, parts, content, epochs, device, progress=True, **switches):
-    """A loaded checkpoint and the faces of a person -> what a person file holds: config, G, psi', source.
+    """A loaded checkpoint and the faces of a person -> what a person file holds: G, psi', source.
 
     parts: of load_parts.  epochs=0: feed-forward, content unused.  switches: of finetune().
     G: folded and without P.  source: (3, S, S), the first face.
@@ -206,7 +202,7 @@ def learn_person(state, parts, content, epochs, device, progress=True, **switche
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
                        others=others, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
-    return config, G.fold(), psi, x[0]
+    return G.fold(), psi, x[0]
 
 
 def save_person(path, config, G, psi, source, parts=()):
@@ -242,7 +238,7 @@ def main():
     content = content_loss(args, config)
     person = learn_person(state, parts, content, args.epochs, device,
                           adversarial=not args.no_adversarial, random=args.random)
-    save_person(args.out, *person, parts)
+    save_person(args.out, config, *person, parts)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 

@@ -198,7 +198,7 @@ def main():
     if args.person:
         (G, psi), shown = load_person(state), state["source"]
     else:
-        _, G, psi, shown = learn_person(state, parts, content, epochs, device)
+        G, psi, shown = learn_person(state, parts, content, epochs, device)
         if args.save_person:
             save_person(args.save_person, config, G, psi, shown, parts)
 

@@ -12,7 +12,7 @@ from files import warn
 from perceptual import FaceFeatures, squeezenet_features, vgg19_features, vggface_features
 
 FM_WEIGHT = 10.0                                # Sec. 3.4
-BETAS = (0.0, 0.999)                            # of every Adam; not in the paper; as BigGAN and SAGAN
+BETAS = (0.0, 0.999)                            # of the adversarial Adams; not in the paper; as BigGAN
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 
 # Ours, for small machines: they weigh what the paper's term does beside L_MCH.

@@ -12,7 +12,7 @@ import copy
 import math
 import os
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ def parse():
     add("--match-weight", type=float, default=10.0, metavar="WEIGHT",
         help="of the match loss (10; the authors' later code: 0.01)")
     add("--grow-from", metavar="FILE",
-        help="start from a step-N.pt of half the size and half of --min-channels, or of the same")
+        help="start from a step-N.pt of half the size and twice --min-channels, or of the same")
     add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")
     add("--save-every", type=int, default=1000, metavar="N",
         help="steps between checkpoints, of which two stay, and sample grids (1000)")
@@ -213,10 +213,8 @@ def find_data(args, rank, world):
         videos, unseen = ToyHeads(1000, args.image_size), ToyHeads(8, args.image_size, first=1000)
     else:
         videos = unseen = PreparedVideos(args.data, args.image_size)
-    same = ("image_size", "min_channels", "max_channels", "content", "K", "lr", "lr_d", "ema", "by_frames",
-            "augment", "stills", "psi_gain", "match_weight", "face", "face_vector", "fix_embedder")
-    config = Config(num_videos=len(videos), landmarks=videos.detector, match=not args.no_match,
-                    **{name: getattr(args, name) for name in same})
+    flags = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
+    config = Config(num_videos=len(videos), landmarks=videos.detector, match=not args.no_match, **flags)
     episodes = Episodes(videos, args.K, slots, seed=args.seed, rank=rank, world=world, config=config)
     examples = Episodes(unseen, args.K, slots=8, seed=args.seed + 1)
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
@@ -292,7 +290,8 @@ def main():
         for step, (row, x, y, waited) in enumerate(batches(episodes, start, steps, device), start + 1):
             values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
             if config.ema:
-                update_average(averages, (E, G), min(config.ema, step / (step + 10)))  # its start fades
+                decay = min(config.ema, step / (step + 10))     # short at first: the random start fades
+                update_average(averages, (E, G), decay)
             stopping = any_rank([bool(signals.came)], world, device)[0]
             saving = step % args.save_every == 0 or step == steps or stopping
             weights = [*E.parameters(), *G.parameters(), *D.V.parameters()] if saving else []

@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
 
 
 def adain(x, psi):
-    """Adaptive instance norm [14]. x (B, C, H, W), psi (B, 2C): C times gamma, then C times beta.
+    """Adaptive instance norm [14]. x (B, C, H, W), psi (B, 2C): the C gammas, then the C betas.
 
     1 + gamma, not gamma: under spectral norm psi = P e starts near zero and would kill the signal.
     """
@@ -105,7 +105,7 @@ class AdaBlock(nn.Module):
 
 def upsample_conv(h, layer):
     """layer(nearest upsampling of h by 2), as one transposed convolution: for 16/36 of the work."""
-    k = layer.weight    # read once: spectral normalisation works at each look; 4x4 if folded
+    k = layer.weight    # read once: each look is a step of power iteration; 4x4 if folded
     k = transposed_kernel(k) if k.shape[-1] == 3 else k
     return F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)  # (B, C_out, 2H, 2W)
 
@@ -183,8 +183,8 @@ class Generator(nn.Module):
         self.attention_up_after = len(self.down) - int(math.log2(size // high))
         self.attention_up = SelfAttention(up[self.attention_up_after])
 
-        # One linear layer for every gamma and beta (A.4). With a bias, as linear layers have:
-        # without one P's norm, which is 1, goes into what all people have in common.
+        # One linear layer for every gamma and beta (A.4). With a bias: what all people have in common
+        # need not pass through P, whose norm of 1 is left for the differences between them.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes))), cfg.psi_gain  # 13,056
         nn.init.zeros_(self.P.bias)
@@ -243,8 +243,8 @@ class Discriminator(nn.Module):
         self.reset_rows()
 
     def reset_rows(self):
-        # of the embeddings' sign and size: around zero, L_MCH pulls every e below the ReLU, where it
-        # dies. And of little spread: what a row starts with is noise to L_MCH
+        # where embeddings are, which end in a ReLU: around zero, L_MCH would pull them below it, where
+        # no gradient is. And of little spread: what a row starts with is noise to L_MCH
         nn.init.uniform_(self.W, 0.4, 0.6)
 
     def rows(self, i):

@@ -122,7 +122,7 @@ def drive(folder, name, someone, drivers, everyone, setup):
     # (1) the person is learned once
     config, face = setup.state["config"], load_face3d()
     photos = list(zip(someone.frames[:, None], someone.points[:, None]))    # every frame counts as one
-    _, G, psi, _ = learn_person(setup.state, photos, setup.content, EPOCHS, setup.device, progress=False)
+    G, psi, _ = learn_person(setup.state, photos, setup.content, EPOCHS, setup.device, progress=False)
     source = describe([points for _, points in photos], face)
     draw = lambda points: np.stack(list(render(G, psi, points, config.image_size, progress=False)))
 

@@ -1,12 +1,14 @@
 """Ours, beside the paper: E is taught who people are, and P to read it, by dlib's recognition network.
 
-    python teach.py --data prepared --checkpoint runs/small/step-3000.pt --out runs/taught.pt
+    python teach.py --data prepared --checkpoint runs/small/step-8100.pt --out runs/taught.pt
     python meta_train.py ... --grow-from runs/taught.pt --psi-gain N --fix-embedder --face-vector 6
 
 In meta-learning all that E hears of people comes through P, G and a content loss, from few pictures a
-second: on a small machine it learns little. Here E alone is told the answer; then P, and slowly E, learn
-from the pictures of a G that stays as it is. N is what teach.py says. Meta-learning would have E forget
-people again, so there it stays fixed. Run again on its own result, teach.py goes on.
+second: on a small machine it learns little. So here (1) E learns to tell that network's vector of its
+picture, (2) P is fitted so that the new e gives psi_hat as it was, (3) P, and slowly E, learn from the
+pictures of a G that stays as it is, (4) the result is written as P of norm 1 and its gain, the N above, which
+teach.py prints. Meta-learning would have E forget people again, so there it stays fixed. Run again on its
+own result, teach.py goes on.
 """
 from dataclasses import replace
 
@@ -23,7 +25,7 @@ from losses import FACE_WEIGHT, ContentLoss
 from meta_train import batches
 from model import load_checkpoint, load_networks, save_checkpoint
 
-BETAS = (0.9, 0.99)             # nothing adversarial here
+TEACH_BETAS = (0.9, 0.99)       # nothing adversarial here
 LR_E, LR_P = 1e-3, 5e-4
 VECTOR_WEIGHT = 6.0             # of dlib's answer who it is, beside 1 of each layer before it
 BATCH = 32                      # frames; (3) has as many episodes as the meta-learning that we ran, 8
@@ -49,7 +51,7 @@ def teach_embedder(E, N, teacher, episodes, steps, device):
     size = teacher.matrix.shape[1]                              # 128
     tell = nn.Sequential(nn.BatchNorm1d(N, affine=False), nn.Linear(N, size)).to(device)
     standard = nn.BatchNorm1d(size, affine=False).to(device)
-    optimizer = torch.optim.Adam([*E.parameters(), *tell.parameters()], LR_E, BETAS)
+    optimizer = torch.optim.Adam([*E.parameters(), *tell.parameters()], LR_E, TEACH_BETAS)
     schedule = CosineAnnealingLR(optimizer, steps)
     E.train()
     losses = []
@@ -96,7 +98,7 @@ def teach_reader(reader, E, G, content, episodes, steps, device):
     """(3) The reader, and slowly E, learn from the pictures of a fixed G. content: a ContentLoss."""
     G.requires_grad_(False)
     rates = [{"params": E.parameters(), "lr": LR_E / 5}, {"params": reader.parameters(), "lr": LR_P}]
-    optimizer = torch.optim.Adam(rates, betas=BETAS)
+    optimizer = torch.optim.Adam(rates, betas=TEACH_BETAS)
     schedule = CosineAnnealingLR(optimizer, steps)
     E.train()
     for _, x, y, _ in tqdm(batches(episodes, 0, steps, device), "teaching P", steps, unit=" steps"):
@@ -119,7 +121,8 @@ def teach_reader(reader, E, G, content, episodes, steps, device):
 def become_P(G, reader):
     """(4) P of norm 1, its gain, and its bias, that make the same psi_hat -> the gain.
 
-    The weights below spectral normalisation get the size that they have in a fresh nn.Linear.
+    Below spectral normalisation, where their size is free, the weights get that of a fresh nn.Linear, for
+    which Adam's rates were found.
     """
     weight = reader.weight / reader.spread                         # (|psi|, N)
     gain = float(f"{torch.linalg.matrix_norm(weight, 2):.4g}")     # short enough for a flag
@@ -170,8 +173,8 @@ def main():
     with torch.no_grad():
         D.w0 += old_e.mean(0) - embeddings(E, others, device).mean(0)  # w0 + e is on average as before
     save_checkpoint(args.out, "meta", config, state["step"], E=E, G=G, V=D.V, w0=D.w0, b=D.b)
-    flags = f"--grow-from {args.out} --psi-gain {config.psi_gain:g} --fix-embedder"
-    print(f"wrote {args.out}: go on with meta_train.py {flags}")
+    flags = f"--psi-gain {config.psi_gain:g} --fix-embedder --face-vector {VECTOR_WEIGHT:g}"
+    print(f"wrote {args.out}: go on with meta_train.py --grow-from {args.out} {flags}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def timing(state, content, frames, points, shots, device):
             seconds = median_seconds(learn, repeats)
             lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")
 
-    # a frame, as in draw()
+    # a frame, as in infer.render
     E, G, _ = load_networks(state)
     dtype, psi = fast_dtype(device), G.project(embed(E, x[:1], y[:1])[None]).detach()
     G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)

@@ -251,8 +251,8 @@ def infer():
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/short.mp4", 150), clip(f"{folder}/long.mp4", 1500)
         parts = stage2.load_parts([ROOT / "assets/astronaut.jpg"], config, detect)
-        _, G, psi, source = person = stage2.learn_person(state, parts, None, 0, DEVICE)
-        stage2.save_person(f"{folder}/p.pt", *person)
+        G, psi, source = stage2.learn_person(state, parts, None, 0, DEVICE)
+        stage2.save_person(f"{folder}/p.pt", config, G, psi, source)
         frames = [np.zeros((S, S, 3), np.uint8)] * 150
         track = video.track_video(f"{folder}/short.mp4", detect)
         points = track.in_crops(S)

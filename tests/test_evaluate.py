@@ -161,8 +161,7 @@ def test_the_controls_are_frames_of_the_source():
 
 def test_what_is_scored_is_what_users_get(checkpoint, monkeypatch):
     """Frame by frame what infer.py renders: folded, in its number format (here bfloat16)."""
-    for module in (evaluate, infer):
-        monkeypatch.setattr(module, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(infer, "fast_dtype", lambda device: torch.bfloat16)
     state = evaluate.load_checkpoint(checkpoint)
     data = ToyHeads(1)
     source, truth = data.load(0, lambda count: [0, 1]), data.load(0, lambda count: range(2, 12))
@@ -170,7 +169,7 @@ def test_what_is_scored_is_what_users_get(checkpoint, monkeypatch):
                            recognise=None, device="cpu")
     frames = next(frames for method, frames, _ in evaluate.methods(setup, 2, source, truth)
                   if method == report.BEFORE)
-    _, G, psi, _ = learn_person(state, [source], content=None, epochs=0, device="cpu")
+    G, psi, _ = learn_person(state, [source], content=None, epochs=0, device="cpu")
     users = np.stack(list(infer.render(G, psi, truth[1], 64)))
     assert np.array_equal(frames, users)
     # and after fine-tuning, on one photo
@@ -179,11 +178,11 @@ def test_what_is_scored_is_what_users_get(checkpoint, monkeypatch):
     setup = setup._replace(content=content)
     frames = next(frames for method, frames, _ in evaluate.methods(setup, 1, source, truth)
                   if method == report.AFTER)
-    _, G, psi, _ = learn_person(state, [photo], content, epochs=2, device="cpu")
+    G, psi, _ = learn_person(state, [photo], content, epochs=2, device="cpu")
     users = np.stack(list(infer.render(G, psi, truth[1], 64)))
     assert np.array_equal(frames, users)
-    monkeypatch.setattr(evaluate, "fast_dtype", lambda device: torch.float32)
-    other = evaluate.draw(G.float(), psi, evaluate.to_float(evaluate.to_tensors(*truth)[1]))
+    monkeypatch.setattr(infer, "fast_dtype", lambda device: torch.float32)
+    other = np.stack(list(infer.render(G.float(), psi, truth[1], 64)))
     assert not np.array_equal(other, users)                         # the number format shows
 
 

@@ -193,10 +193,10 @@ def test_people_are_driven_as_infer_does_it(folder, checkpoint, bundled):
     state = evaluate.load_checkpoint(checkpoint)
     arguments = type("", (), {"content": None, "vgg19": None, "vggface": None})
     content = content_loss(arguments, state["config"])
-    _, G, psi, _ = learn_person(state, [(frames, points)], content, epochs=1, device="cpu")
+    G, psi, _ = learn_person(state, [(frames, points)], content, epochs=1, device="cpu")
     track = infer.load_track(str(folder / "drivers/speech.npz"))
     chosen = puppeteer.evenly(np.flatnonzero(track.found), 3)
-    driving = adapt(track, describe([points[:1]], bundled), "relative", 64, bundled, lips=1.25)[chosen]
+    driving = adapt(track, describe([points[:1]], bundled), "relative", 64, bundled, 1.25)[chosen]
     results = list(infer.render(G, psi, driving, 64))
     assert np.array_equal(report.read_strip(folder / "out/head1/speech.npz relative.png"), results)
     recognise = metrics.torchscript_recognition(str(folder / "colours.ts"), "cpu")
