@@ -23,6 +23,7 @@ class Config:
     psi_gain: float = 1.0       # psi_hat = psi_gain * P e_hat
     stills: float = 0.0         # share of episodes made of one frame, warped K + 1 times
     match_weight: float = 10.0  # of L_MCH
+    adversarial_weight: float = 1.0     # of L_ADV
     face: float = 0.0           # weight of the content loss's face term, where there is no VGGFace
     face_vector: float = 1.0    # of the face term's last output, beside 1 of each other
     fix_embedder: bool = False  # E stays as it came

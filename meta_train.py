@@ -47,10 +47,10 @@ def make_optimizers(E, G, D, config):
             torch.optim.SparseAdam([D.W], config.lr_d, BETAS)]  # the rows of a batch, not 145 k of them
 
 
-def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
+def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0, adversarial_weight=1.0):
     """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first.
 
-    match_weight: of L_MCH; 0 for the FF variant. content: a ContentLoss.
+    match_weight: of L_MCH; 0 for the FF variant. adversarial_weight: of L_ADV, ours. content: a ContentLoss.
     Returns what is logged, resume.COLUMNS[1:8]; mch without its weight.
     """
     optimizer_EG, optimizer_D, optimizer_W = optimizers
@@ -72,7 +72,8 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
         adv = adversarial_loss(fake_score)
         fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
         mch = match_loss(e, w_i)
-    loss = cnt + (adv + fm) + match_weight * mch                # eq. 3; in brackets L_ADV, eq. 4
+    l_adv = adv + fm                                            # eq. 4
+    loss = cnt + adversarial_weight * l_adv + match_weight * mch    # eq. 3
     optimizer_EG.zero_grad()
     loss.backward()
     optimizer_EG.step()
@@ -162,6 +163,8 @@ def parse():
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--match-weight", type=float, default=10.0, metavar="WEIGHT",
         help="of the match loss (10; the authors' later code: 0.01)")
+    add("--adversarial-weight", type=float, default=1.0, metavar="WEIGHT",
+        help="of the adversarial loss and feature matching, e.g. 4 beside the face term (1)")
     add("--grow-from", metavar="FILE",
         help="start from a step-N.pt of half the size and twice --min-channels, or of the same")
     add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")
@@ -185,7 +188,7 @@ def check(args):
     for name in ("ema", "stills"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
-    check_least(args, 0, "seed", "face", "face_vector", "match_weight")
+    check_least(args, 0, "seed", "face", "face_vector", "match_weight", "adversarial_weight")
     if args.fix_embedder and not args.grow_from:
         raise UserError("--fix-embedder: from which checkpoint? --grow-from is needed")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
@@ -288,7 +291,8 @@ def main():
     match_weight = config.match_weight if config.match else 0.0
     with Signals() as signals:
         for step, (row, x, y, waited) in enumerate(batches(episodes, start, steps, device), start + 1):
-            values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
+            values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y,
+                                match_weight, config.adversarial_weight)
             if config.ema:
                 decay = min(config.ema, step / (step + 10))     # short at first: the random start fades
                 update_average(averages, (E, G), decay)

@@ -108,7 +108,7 @@ def content_adversarial_and_matching(D, w, x, x_hat, y):
     return [100 * l1(x_hat, x), -score, 10 * sum(map(l1, fake, real)) / len(real)]
 
 
-def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight):
+def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight=10.0, adversarial_weight=1.0):
     """Sec. 3.2 one frame at a time. x, y (B, K+1, 3, S, S), the target t first. Returns what is logged."""
     x, y = ([list(frames[:, None]) for frames in batch] for batch in (x, y))    # x[b][k] is (1, 3, S, S)
     terms, x_hats, norms = [], [], []
@@ -121,7 +121,8 @@ def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight):
         norms.append([sum(e_k.norm().item() for e_k in e) / len(e), D.W[i].norm().item()])
     cnt, adv, fm, mch = torch.stack([torch.stack(t) for t in terms]).mean(0)
     norms = torch.tensor(norms).mean(0)
-    descend(cnt + adv + fm + match_weight * mch, [*E.parameters(), *G.parameters()], lr_EG)     # eq. 3
+    loss = cnt + adversarial_weight * (adv + fm) + match_weight * mch                           # eq. 3
+    descend(loss, [*E.parameters(), *G.parameters()], lr_EG)
     for _ in range(2):                                                  # eq. 6
         w = [D.W[i] + D.w0 for i in row]
         dsc = hinge(D, w, [frames[0] for frames in x], x_hats, [frames[0] for frames in y])
@@ -129,7 +130,8 @@ def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight):
     return torch.stack([cnt, adv, fm, mch, dsc, *norms]).detach()
 
 
-@pytest.mark.parametrize("weight", [{}, {"match_weight": 0.0}])     # the paper's 10; the FF variant's 0
+# the paper's 10 and 1; the FF variant's 0; ours
+@pytest.mark.parametrize("weight", [{}, {"match_weight": 0.0}, {"adversarial_weight": 4.0}])
 def test_train_step_is_eq_1_to_6(weight, double):
     """Two steps on two batches, E, G and D at rates of their own: gradients, updates, what is logged."""
     cfg, *nets = networks(psi_gain=3.0)
@@ -149,7 +151,7 @@ def test_train_step_is_eq_1_to_6(weight, double):
                   Counted([*D.V.parameters(), D.w0, D.b], lr_D), Counted([D.W], lr_D)]
     for row, a, b in zip(rows, x, y):
         values = train_step(E, G, D, ContentLoss("l1"), optimizers, row, a, b, **weight)
-        expected = reference_step(*reference, row, a, b, lr_EG, lr_D, weight.get("match_weight", 10.0))
+        expected = reference_step(*reference, row, a, b, lr_EG, lr_D, **weight)
         assert torch.allclose(values, expected, rtol=1e-6), (values, expected)
         moved = [agree(*three) for three in zip(nets, reference, start)]
     assert [o.steps for o in optimizers] == [2, 4, 4]                           # 1 : 2 : 2 a step
@@ -189,8 +191,9 @@ class Few(ToyHeads):
 def run(monkeypatch, tmp_path):
     """run(step, *flags): meta_train.main() on three people, with `step` in place of train_step."""
     def start(step, *flags):
-        def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
+        def train_step(E, G, D, content, optimizers, row, x, y, match_weight, adversarial_weight):
             assert match_weight == (0 if "--no-match" in flags else 10)
+            assert adversarial_weight == (4 if "--adversarial-weight" in flags else 1)
             step(E, G, D, row, x)
             return torch.zeros(7)
         monkeypatch.setattr(meta_train, "train_step", train_step)
