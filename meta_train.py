@@ -164,7 +164,7 @@ def parse():
     add("--match-weight", type=float, default=10.0, metavar="WEIGHT",
         help="of the match loss (10; the authors' later code: 0.01)")
     add("--adversarial-weight", type=float, default=1.0, metavar="WEIGHT",
-        help="of the adversarial loss and feature matching, e.g. 4 beside the face term (1)")
+        help="of the adversarial loss and feature matching, e.g. 6 beside the face term, see the card (1)")
     add("--grow-from", metavar="FILE",
         help="start from a step-N.pt of half the size and twice --min-channels, or of the same")
     add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from config import Config
 from files import UserError, save_tensors
 
-FORMAT = 1  # of checkpoints; raised when published files can no longer be read
+FORMAT = 1  # of checkpoints; raised whenever an older file can no longer be read
 
 
 # ------------------------------------------------------------------------------------- blocks
@@ -289,9 +289,17 @@ def load_checkpoint(path, device="cpu", kind="meta"):
         origin = {"meta": "meta_train.py", "person": "finetune.py or infer.py --save-person"}[kind]
         raise UserError(f"{path} is a {state['kind']} file; a {kind} file is needed, from {origin}")
     try:
-        state["config"] = Config(**state["config"])
+        config = dict(state["config"])
+        clamp = config.pop("adain_clamp", 0)            # of before AdaIN lost it
+        state["config"] = Config(**config)
     except (TypeError, ValueError) as e:
         raise UserError(f"{path} has a config that this code does not know: {e}") from None
+    if clamp:
+        raise UserError(f"{path} is of when AdaIN had a clamp, and would flicker without: make it anew")
+    if kind == "meta" and "G.P.bias" not in state:      # from before P had one
+        state["G.P.bias"] = state["w0"].new_zeros(len(state["G.P.parametrizations.weight.original"]))
+    if kind == "meta":
+        state.setdefault("G.P.mean", torch.zeros_like(state["w0"]))
     return state
 
 

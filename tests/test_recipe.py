@@ -216,6 +216,13 @@ def test_default_epochs(run, flags, steps):
     assert state["step"] == steps and state["config"].match == (not flags)
 
 
+def test_the_adversarial_weight_reaches_the_step_and_the_checkpoint(run):
+    seen = []   # what it is there, `run` asserts
+    flags = "--steps", 1, "--batch", 1, "--K", 1, "--adversarial-weight", 4
+    folder = run(lambda *step: seen.append(step), *flags)
+    assert len(seen) == 1 and load_checkpoint(folder / "step-1.pt")["config"].adversarial_weight == 4
+
+
 def test_default_batch_and_k_are_the_papers(run):
     seen = []
     folder = run(lambda E, G, D, row, x: seen.append((x.shape, row, D.W.detach().clone())), "--steps", 1)

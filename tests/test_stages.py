@@ -215,7 +215,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(checkpoint="foreign.pt"), "foreign.pt is not a checkpoint of this project"),
     (dict(checkpoint="format.pt"), "format 99; this code reads format 1"),
     (dict(checkpoint="config.pt"), "does not fit its own config"),
-    (dict(checkpoint="clamp.pt"), "a config that this code does not know"),
+    (dict(checkpoint="clamp.pt"), "make it anew"),
     (dict(checkpoint="ff.pt"), "without the match loss"),
     (dict(checkpoint="vgg.pt"), "put it into"),
     (dict(out="nowhere/result.mp4"), "no folder nowhere"),
