@@ -1,23 +1,23 @@
 """The paper's Sec. 4, A.1 and A.2 on a checkpoint: how good, how fast, and what each part is worth.
 
-    python evaluate.py --checkpoint FT.pt --data prepared --shots 1 8 32   # Table 1, a figure like Fig. 4
+    python evaluate.py --checkpoint FT.pt --data unseen --shots 1 8 32     # Table 1, a figure like Fig. 4
     python evaluate.py ... --ff-checkpoint FF.pt --ablation                # and the rows of A.2, Fig. 7
     python evaluate.py ... --recognition FILE --train-data DIR             # do they stay who they are?
     python evaluate.py ... --user-study study                              # study/index.html, to be clicked
     python evaluate.py --toy                                               # drawn heads, without any data
     python evaluate.py --toy --timing                                      # Table 2 instead
-    python evaluate.py --data prepared --drivers DIR --shots 1             # Fig. 5 instead: puppeteer.py
+    python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead: puppeteer.py
 
-For every video: learn from T frames, draw the 32 hold-out frames from their landmarks as infer.py
-would, compare with the true ones. A prepared folder with train/NAME and test/NAME keeps that split.
-Otherwise a video learns from its first part and holds out its last, a second or more apart; photos,
-which have no time, are shuffled, and none is in both parts.
+For every video of people that the checkpoint has not seen: learn from T frames, draw the 32 hold-out
+frames from their own landmarks (infer.py's --motion paper), compare with the true ones. A prepared folder
+with train/NAME and test/NAME keeps that split. Otherwise a video learns from its first part and holds out
+its last, a second or more apart; photos, which have no time, are shuffled, and none is in both parts.
 
-What is random. --seed chooses videos and frames, nothing else. Fine-tuning shuffles by a generator
-of its own with seed 0, for every video, T and row. The rows of A.2 put in normal numbers of another
-such generator, with the mean and the deviation that the elements of the replaced vector have: e_NEW's
-(cut at 0, as E ends in a ReLU; psi' and w' follow from them), those of psi' = P e_NEW, or e_NEW's in
-w' = w0 + e_NEW. So a row is the same whichever others are made.
+What is random. --seed chooses videos and frames, and what the user study shows, nothing else. Fine-tuning
+shuffles, and draws other poses, by generators of its own with seed 0, for every video, T and row. The
+rows of A.2 put in normal numbers of another such generator, with the mean and the deviation that the
+elements of the replaced vector have: e_NEW's (cut at 0, as E ends in a ReLU; psi' and w' follow from
+them), those of psi' = P e_NEW, or e_NEW's in w' = w0 + e_NEW. So a row is the same whichever others are made.
 
 Writes to --out: protocol.json (who, which frames), a folder per video (a strip of frames per method,
 scores.csv, vectors.npz), scores.csv with every frame of every video, table.md and figure.png. A

@@ -32,6 +32,10 @@ def run(main):
     except BrokenPipeError:     # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(1)
+    except torch.OutOfMemoryError:
+        message = ("error: not enough memory on the GPU: close what else uses it, "
+                   "or give meta_train.py a smaller --batch")
+        code = 2
     except (RuntimeError, OSError) as e:
         if not short_of_shared_memory(e):
             raise

@@ -38,6 +38,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
              others=None, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
+    `psi` and `w` are the paper's psi' and w'; its psi and theta are the weights of G and of D's V.
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
     others: of likeness.other_poses(), for our term of that name; None: without it, as in the paper.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
@@ -60,7 +61,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     for _ in tqdm(range(epochs), "fine-tuning", unit=" epochs", disable=not progress):
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
             x_t, y_t = x[t], y[t]                       # (B, 3, S, S)
-            y_o = others.draw() if others else y[:0]    # (n, 3, S, S): ours, no photo shows these
+            y_o = others.draw() if others else y[:0]    # (n, 3, S, S): ours, other poses; or none
 
             # (1) update psi and psi': eq. 9
             D.requires_grad_(False)
@@ -175,8 +176,6 @@ def add_content_flags(parser):
 def content_loss(args, config, face=FACE_WEIGHT):
     """The content loss that these flags name; our stand-in for VGGFace where --vggface is not given."""
     kind = args.content or config.content
-    if kind != "vgg" and (args.vgg19 or args.vggface):
-        raise UserError(f"--vgg19 and --vggface are for --content vgg, and here it is {kind}: add it")
     return ContentLoss(kind, args.vgg19, args.vggface, face)
 
 
@@ -208,7 +207,8 @@ def learn_person(state, parts, content, epochs, device, progress=True, **switche
 def save_person(path, config, G, psi, source, parts=()):
     """Write a person file: G folded and without P, psi' (|psi|,), source (3, S, S) in [-1, 1].
 
-    parts: of load_parts. Their landmarks say whose face it is, for when someone else drives.
+    parts: of load_parts. Their "landmarks" (m, 68, 2), with the "counts" of each part, say whose face it
+    is, for when someone else drives.
     """
     known = {}
     if parts:

@@ -1,8 +1,9 @@
-"""Start a training from a smaller checkpoint: a network of half the size is inside the larger one.
+"""Start a training from a smaller checkpoint: a network of 64 pixels is inside one of 128.
 
 The blocks of a 128-pixel network with widths 16 to 256 are those of a 64-pixel one with widths 32 to 256,
-and one more outside. So `meta_train.py --grow-from step-N.pt` copies what fits and leaves the outer blocks
-fresh; but those that look at pictures let the second block see what it saw as the first one.
+and one more outside. (From 128 to 256 it is not so: G's encoder ends in 16x16 there, and gains no block.)
+So `meta_train.py --grow-from step-N.pt` copies what fits and leaves the outer blocks fresh; but the new first
+block of E, V and G's encoder passes the halved picture on, and the next one sees what it saw as the first.
 """
 import re
 
@@ -16,19 +17,19 @@ from model import load_checkpoint
 
 @torch.no_grad()
 def grow(E, G, D, path, config, episodes):
-    """Fill E, G, V, w0 and b from a checkpoint of half the size, or of the same size; W from E itself.
+    """Fill E, G, V, w0 and b from a checkpoint of the same size, or of 64 for 128 pixels; W from E itself.
 
     config, episodes: of the new run, the latter this rank's. UserError where sizes or widths do not fit.
     """
     # the old tensors, under their new names: blocks are numbered from the outside
     state = load_checkpoint(path)
     was = state["config"]
-    shift = int(config.image_size == 2 * was.image_size)
+    shift = int((was.image_size, config.image_size) == (64, 128))
     widths = config.min_channels << shift, config.max_channels
     if config.image_size != was.image_size << shift or widths != (was.min_channels, was.max_channels):
         raise UserError(
             f"--grow-from {path}: it has {was.image_size} pixels and {was.min_channels} to {was.max_channels}"
-            " channels; half the size and twice --min-channels are needed, or all the same")
+            " channels; all the same is needed, or for 128 pixels 64 and twice --min-channels")
     if config.psi_gain != was.psi_gain:
         raise UserError(f"--grow-from {path}: it was made with --psi-gain {was.psi_gain:g}, "
                         "which P goes with")

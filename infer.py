@@ -150,6 +150,10 @@ def parse():
         raise UserError("name a --driver, or ask for --views, which need none")
     if args.person and (args.feed_forward or args.save_person):
         raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
+    if args.views and (args.motion or args.compare or args.save_track):
+        raise UserError("--views need no driver: leave out --motion, --compare and --save-track")
+    if args.save_track and not is_track(args.save_track):
+        raise UserError(f"--save-track {args.save_track}: end it in .npz, by which --driver knows it")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
         raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
                         "end it in .mp4, .m4v or .mov")

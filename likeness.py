@@ -1,4 +1,4 @@
-"""Ours, beside Sec. 3.3: fine-tuned, they stay who they are in poses that no photo of theirs shows.
+"""Ours, a further loss of fine-tuning (Sec. 3.3): who it is should show in other poses than the photo's, too.
 
 Eq. 9 compares with the photos, which show few poses, while the driver takes the face to others. So in every
 step G' also draws the person's 3-D face in random poses and with random expressions, and dlib's recognition

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import warn
+from files import UserError, warn
 from perceptual import FaceFeatures, squeezenet_features, vgg19_features, vggface_features
 
 FM_WEIGHT = 10.0                                # Sec. 3.4
@@ -68,11 +68,13 @@ class ContentLoss(nn.Module):
     face:            weight of our stand-in for VGGFace, which needs no download: the relative L1 of
                      dlib's recognition network. It is left out where `vggface` is given.
     face_vector:     in it, the weight of the network's last output, which says who it is.
-    UserError where a file or a download cannot be had.
+    UserError where a file or a download cannot be had, or is of another kind.
     """
 
     def __init__(self, kind, vgg19=None, vggface=None, face=0.0, face_vector=1.0):
         super().__init__()
+        if kind != "vgg" and (vgg19 or vggface):
+            raise UserError(f"--vgg19 and --vggface are for --content vgg, and here it is {kind}: add it")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
         if kind == "vgg":
             self.terms.append(vgg19_features(vgg19, VGG19_WEIGHT))

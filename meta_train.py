@@ -13,6 +13,7 @@ import math
 import os
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def parse():
     add("--adversarial-weight", type=float, default=1.0, metavar="WEIGHT",
         help="of the adversarial loss and feature matching, e.g. 6 beside the face term, see the card (1)")
     add("--grow-from", metavar="FILE",
-        help="start from a step-N.pt of half the size and twice --min-channels, or of the same")
+        help="start from a step-N.pt of the same sizes; or, for 128 pixels, of 64 and twice --min-channels")
     add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")
     add("--save-every", type=int, default=1000, metavar="N",
         help="steps between checkpoints, of which two stay, and sample grids (1000)")
@@ -191,6 +192,10 @@ def check(args):
     check_least(args, 0, "seed", "face", "face_vector", "match_weight", "adversarial_weight")
     if args.fix_embedder and not args.grow_from:
         raise UserError("--fix-embedder: from which checkpoint? --grow-from is needed")
+    if args.face and args.vggface:
+        raise UserError("--face stands in for VGGFace: leave it out, or --vggface")
+    if not args.toy and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {args.out}: inside --data, checkpoints would be taken for sequences")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -213,13 +218,13 @@ def find_data(args, rank, world):
     if rest:
         raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} ranks")
     if args.toy:
-        videos, unseen = ToyHeads(1000, args.image_size), ToyHeads(8, args.image_size, first=1000)
+        videos, shown = ToyHeads(1000, args.image_size), ToyHeads(8, args.image_size, first=1000)
     else:
-        videos = unseen = PreparedVideos(args.data, args.image_size)
+        videos = shown = PreparedVideos(args.data, args.image_size)
     flags = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
     config = Config(num_videos=len(videos), landmarks=videos.detector, match=not args.no_match, **flags)
     episodes = Episodes(videos, args.K, slots, seed=args.seed, rank=rank, world=world, config=config)
-    examples = Episodes(unseen, args.K, slots=8, seed=args.seed + 1)
+    examples = Episodes(shown, args.K, slots=8, seed=args.seed + 1)
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     return config, episodes, examples, steps
 
@@ -258,7 +263,9 @@ def main():
 
     # data
     config, episodes, examples, steps = find_data(args, rank, world)
-    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": episodes.videos.name}
+    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": episodes.videos.name,
+              "--vgg19": args.vgg19 and os.path.basename(args.vgg19),
+              "--vggface": args.vggface and os.path.basename(args.vggface)}
     done = open_run(args.out, args.resume)
     content = ContentLoss(args.content, args.vgg19, args.vggface, args.face, args.face_vector).to(device)
     if world > 1:

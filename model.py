@@ -262,7 +262,7 @@ class Discriminator(nn.Module):
 def save_checkpoint(path, kind, config, step=0, **parts):
     """Write a flat dict of tensors and plain values that loads under weights_only=True, atomically.
 
-    kind "meta": E=, G=, V= modules, w0=, b= tensors.  "person": G= folded and without P, psi=, source=.
+    kind "meta": E=, G=, V= modules, w0=, b= tensors.  "person": as finetune.save_person says.
     A module's tensors are stored under "NAME.key", a tensor under its name.
     """
     state = {"format": FORMAT, "kind": kind, "step": step, "config": asdict(config)}

@@ -169,7 +169,7 @@ class FaceFeatures(nn.Module):
         h = F.max_pool2d(h, 3, 2)                               # (B, 32, 35, 35)
         features = [h]
         for block in self.blocks:
-            skip, h = h, block(h)                               # (B, C, H, W): ... (B, 256, 3, 3)
+            skip, h = h, block(h)                               # (B, C, H, W): ... (B, 256, 2, 2)
             if h.shape != skip.shape:
                 h, skip = padded_alike(h, F.avg_pool2d(skip, 2))
             h = F.relu(h + skip)

@@ -1,14 +1,14 @@
 """Ours, beside the paper: E is taught who people are, and P to read it, by dlib's recognition network.
 
     python teach.py --data prepared --checkpoint runs/small/step-8100.pt --out runs/taught.pt
-    python meta_train.py ... --grow-from runs/taught.pt --psi-gain N --fix-embedder --face-vector 6
+    python meta_train.py ... --grow-from runs/taught.pt --psi-gain N --fix-embedder --face 10 --face-vector 6
 
 In meta-learning all that E hears of people comes through P, G and a content loss, from few pictures a
-second: on a small machine it learns little. So here (1) E learns to tell that network's vector of its
-picture, (2) P is fitted so that the new e gives psi_hat as it was, (3) P, and slowly E, learn from the
-pictures of a G that stays as it is, (4) the result is written as P of norm 1 and its gain, the N above, which
-teach.py prints. Meta-learning would have E forget people again, so there it stays fixed. Run again on its
-own result, teach.py goes on.
+second: on a small machine it learns little. So here (1) E learns to predict that network's vector, 128
+numbers that say who it is, from the picture, (2) P is fitted so that the new e gives psi_hat as it was,
+(3) P, and slowly E, learn from the pictures of a G that stays as it is, (4) the result is written as P of
+norm 1 and its gain, the N above, which teach.py prints. Meta-learning would have E forget people again, so
+there it stays fixed. Run again on its own result, teach.py goes on.
 """
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import Episodes, PreparedVideos
 from device import autocast, default_device
-from files import check_least, check_paths, make_parser, run
+from files import UserError, check_least, check_paths, make_parser, run
 from losses import FACE_WEIGHT, ContentLoss
 from meta_train import batches
 from model import load_checkpoint, load_networks, save_checkpoint
@@ -157,6 +157,9 @@ def main():
     torch.manual_seed(args.seed)
     state = load_checkpoint(args.checkpoint, device)
     videos = PreparedVideos(args.data, state["config"].image_size)
+    if videos.detector != state["config"].landmarks:
+        raise UserError(f"{args.data} was prepared with {videos.detector} landmarks, {args.checkpoint} "
+                        f"trained with {state['config'].landmarks}")
     config = replace(state["config"], by_frames=False)          # every person as often
     draw = lambda K, slots, more, config: Episodes(videos, K, slots, 3 * args.seed + more, config=config)
     E, G, D = (net.to(memory_format=torch.channels_last) for net in load_networks(state))
@@ -173,8 +176,8 @@ def main():
     with torch.no_grad():
         D.w0 += old_e.mean(0) - embeddings(E, others, device).mean(0)  # w0 + e is on average as before
     save_checkpoint(args.out, "meta", config, state["step"], E=E, G=G, V=D.V, w0=D.w0, b=D.b)
-    flags = f"--psi-gain {config.psi_gain:g} --fix-embedder --face-vector {VECTOR_WEIGHT:g}"
-    print(f"wrote {args.out}: go on with meta_train.py --grow-from {args.out} {flags}")
+    print(f"wrote {args.out}: go on with meta_train.py --grow-from {args.out} --psi-gain {config.psi_gain:g} "
+          f"--fix-embedder --face {FACE_WEIGHT:g} --face-vector {VECTOR_WEIGHT:g}")
 
 
 if __name__ == "__main__":

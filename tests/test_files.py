@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import files
 from conftest import ROOT
@@ -102,6 +103,13 @@ def test_errors_of_one_line(tmp_path, capsys):
                                  "It is possible that dataloader workers are out of shared memory"))
     said = capsys.readouterr().err
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--shm-size" in said
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit) as left:
+        files.run(full)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and len(said.splitlines()) == 1 and "--batch" in said
     with pytest.raises(RuntimeError, match="a fault of ours"):      # it keeps its traceback
         files.run(lambda: raised("a fault of ours"))
     names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')",

@@ -57,8 +57,18 @@ def test_sizes_and_widths_that_do_not_fit(tmp_path):
     assert torch.equal(same[1].to_rgb.bias, small[1].to_rgb.bias)
     for size, widths in ((256, (8, 32)), (128, (16, 32)), (128, (8, 16))):
         cfg, *nets = networks(size, min_channels=widths[0], max_channels=widths[1])
-        with pytest.raises(UserError, match="half the size and twice --min-channels"):
+        with pytest.raises(UserError, match="64 and twice --min-channels"):
             grow(*nets, path, cfg, episodes(size))
+
+
+@pytest.mark.parametrize("old, new", [(128, 256), (256, 512)])
+def test_other_sizes_are_not_inside_each_other(tmp_path, old, new):
+    """P and G's decoder would stay random, and the run go on as if nothing were wrong."""
+    cfg, *small = networks(old, min_channels=16, max_channels=32)
+    save(tmp_path / "small.pt", cfg, *small)
+    cfg, *large = networks(new, min_channels=8, max_channels=32)
+    with pytest.raises(UserError, match=f"it has {old} pixels"):
+        grow(*large, str(tmp_path / "small.pt"), cfg, episodes(new))
 
 
 def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import meta_train
 from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
 from data import draw_landmarks, to_float
+from files import UserError
 from finetune import embed, finetune
 from likeness import OtherPoses, other_poses
 from losses import ContentLoss
@@ -221,6 +222,19 @@ def test_the_adversarial_weight_reaches_the_step_and_the_checkpoint(run):
     flags = "--steps", 1, "--batch", 1, "--K", 1, "--adversarial-weight", 4
     folder = run(lambda *step: seen.append(step), *flags)
     assert len(seen) == 1 and load_checkpoint(folder / "step-1.pt")["config"].adversarial_weight == 4
+
+
+def test_another_content_loss_is_another_run(run, monkeypatch, tmp_path):
+    """`--resume` without --vgg19 and --vggface would go on with torchvision's VGG19 and no VGGFace."""
+    monkeypatch.setattr(meta_train, "ContentLoss", lambda *files: torch.nn.Identity())
+    flags = "--batch", 1, "--K", 1, "--content", "vgg", "--steps"
+    for name in ("a.mat", "b.mat"):
+        (tmp_path / name).touch()
+    vgg = "--vgg19", tmp_path / "a.mat", "--vggface", tmp_path / "b.mat"
+    run(lambda *step: None, *flags, 1, *vgg)
+    with pytest.raises(UserError, match="--vgg19 was a.mat, now None; --vggface was b.mat, now None"):
+        run(lambda *step: None, *flags, 2, "--resume")
+    assert (run(lambda *step: None, *flags, 2, *vgg, "--resume") / "step-2.pt").exists()
 
 
 def test_default_batch_and_k_are_the_papers(run):

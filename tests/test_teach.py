@@ -153,4 +153,8 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
 
     assert "--steps-E 0" in fail(*flags, "--out", "t.pt", "--steps-E", "0", cwd=tmp_path)
     assert "also an input" in fail(*flags, "--out", checkpoint, cwd=tmp_path)
+    fan = load_checkpoint(checkpoint)
+    fan["config"] = vars(fan["config"]) | {"landmarks": "fan"}
+    torch.save(fan, tmp_path / "fan.pt")
+    assert "fan.pt trained with fan" in fail("teach.py", "--checkpoint", "fan.pt", "--out", "t.pt", cwd=tmp_path)
     assert "no prepared videos in nothing" in fail(*flags, "--out", "t.pt", "--data", "nothing", cwd=tmp_path)
