@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import shutil
+import signal
 import stat
 import sys
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ class UserError(Exception):
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     open_closed_streams()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # by way of all `finally`s
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()
+        return result
     except UserError as e:
         # one that was raised in a loader's worker comes with that worker's traceback before it
         message = "error: " + str(e).strip().splitlines()[-1].removeprefix("files.UserError: ")
@@ -121,6 +125,8 @@ def problem_of_output(path, inputs):
     """A few words on why no file may be written at a path, or where its link leads; None where it may."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
+    if path.endswith(os.sep):
+        return "that is the name of a folder"
     try:
         mode = os.lstat(target).st_mode
     except FileNotFoundError:

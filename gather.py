@@ -18,13 +18,13 @@ from tqdm import tqdm
 from faces import (TURNED, crop, face_box, inside, landmark_detector, steady_boxes, to_crop, upright,
                    which_face, words_on_choice)
 from files import UserError, save_tensors, warn
-from media import count_frames, read_photo, read_video, to_rgb
+from media import count_frames, read_photo, read_video, to_rgb, to_srgb_from_hdr
 from video import track_video
 
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".bmp",
           ".tif", ".tiff", ".gif"}
-CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".ts", ".mts",
-         ".m2ts", ".wmv", ".flv", ".vob", ".dv", ".ogv"}
+CLIPS = {".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".3g2", ".ts",
+         ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".vob", ".dv", ".mxf", ".ogv"}
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found",
           "system volume information", "#snapshot", "@recently-snapshot"}  # of desktops and NAS
 
@@ -123,7 +123,8 @@ def faces_in(path, detect, size, max_frames=0, complain=warn):
     max_frames: at most so many frames of a clip, evenly spread; 0: all. UserError where no face is found.
     complain(line) is told which of several faces was taken, and what was turned.
     """
-    if Path(path).suffix.lower() in CLIPS:
+    suffix = Path(path).suffix.lower()
+    if suffix in CLIPS or (suffix not in PHOTOS and count_frames(path) > 1):
         yield from faces_in_clip(path, detect, size, max_frames, complain)
     else:
         yield face_in_photo(path, detect, size, complain)
@@ -158,7 +159,8 @@ def faces_in_clip(path, detect, size, max_frames, complain):
         if found:
             image = np.rot90(to_rgb(frame), track.turns)
             box = inside(box, image)
-            yield crop(image, box, size), to_crop(points, box, size), float(time)
+            shown = to_srgb_from_hdr(crop(image, box, size), frame)
+            yield shown, to_crop(points, box, size), float(time)
 
 
 # ----------------------------------------------------------------------------------- preparing a folder

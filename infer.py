@@ -137,7 +137,8 @@ def parse():
     add("--motion", choices=("relative", "absolute", "paper"), help="relative: the photo's pose and "
         "expression plus the driver's change; absolute: the driver's on the source's face; paper: the "
         "driver's landmarks as they are (default: relative; absolute where it is the same person)")
-    add("--views", action="store_true", help="no driver: from yaw -40 to 40 degrees, an mp4 and a png")
+    add("--views", action="store_true",
+        help="no driver: from yaw -40 to 40 degrees, a video, and a picture beside it, NAME.views.png")
     add("--out", default="result.mp4", help="(default: result.mp4)")
     add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
     add("--feed-forward", action="store_true", help="leave fine-tuning out: quicker, less like the person")
@@ -158,7 +159,7 @@ def parse():
         raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
                         "end it in .mp4, .m4v or .mov")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
-    args.sheet = os.path.splitext(args.out)[0] + ".png" if args.views else None
+    args.sheet = os.path.splitext(args.out)[0] + ".views.png" if args.views else None
     check_paths(inputs, [args.out, args.sheet, args.save_person, args.save_track])
     return args
 

@@ -9,15 +9,19 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from files import UserError, warn
 
 
 def open_media(path, mode="r", **options):
-    """av.open for what is only ever a path: "12:30.mp4" names no protocol, "http:x.mp4" no server."""
+    """av.open for what is only ever a path: "12:30.mp4" names no protocol, "http:x.mp4" no server.
+
+    Its title may be in any alphabet.
+    """
     import av
-    return av.open("file:" + os.fspath(path), mode, **options)
+    return av.open("file:" + os.fspath(path), mode, metadata_errors="replace", **options)
 
 
 # ---------------------------------------------------------------------------------------------- streams
@@ -60,16 +64,18 @@ def read_video(path, complain=warn):
     UserError if there is no frame to be had. What ends early is used as far as it goes, with complain(line).
     """
     import av
-    count, expected, problem = 0, 0, None
+    count, expected, first, problem = 0, 0, None, None
     try:
         with open_media(path) as container:
             stream = main_video(container)
             if stream is None:
                 raise UserError(f"{path} has no video in it")
-            expected = shown_frames(container, stream)
             for frame in with_rising_times(container.decode(stream), stream):
                 frame.opaque = pixel_aspect(stream)
                 count += 1
+                first = frame.pts if first is None else first
+                shown = float((frame.pts + frame.duration - first) * frame.time_base)   # seconds
+                expected = shown_frames(container, stream, count, shown)
                 yield frame
     except (av.FFmpegError, OSError) as e:
         problem = e.strerror or str(e)
@@ -86,12 +92,14 @@ def read_video(path, complain=warn):
         complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({why})")
 
 
-def shown_frames(container, stream):
+def shown_frames(container, stream, count, shown):
     """About how many frames a container promises to show, 0 if it does not say.
 
+    count, shown: the frames so far, and for how many seconds. They say more about the rate than the
+    container does, which may have guessed it from the first frames.
     An edit list hides some of those that are stored, or shows them twice: the smaller number counts.
     """
-    rate = stream.average_rate or 25
+    rate = count / shown if shown else float(stream.average_rate or 25)
     if stream.duration:
         by_time = float(stream.duration * stream.time_base * rate)
     else:
@@ -145,6 +153,12 @@ def count_frames(path):
 
 # ---------------------------------------------------------------------------------------------- frames
 
+PQ, HLG = 16, 18    # H.273's numbers of the two HDR curves; phones record the latter
+FROM_BT2020 = np.float32([[1.6605, -0.5876, -0.0728],
+                          [-0.1246, 1.1329, -0.0083],
+                          [-0.0182, -0.1006, 1.1187]])      # to sRGB's primaries, of linear light
+
+
 def pixel_aspect(stream):
     """How much wider than high the pixels of a stream are: 1, but for DV, DVD, HDV and their like."""
     aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
@@ -152,7 +166,10 @@ def pixel_aspect(stream):
 
 
 def to_rgb(frame):
-    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says."""
+    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says.
+
+    The colours of HDR are pale as yet.
+    """
     aspect = frame.opaque or 1.0
     width = round(frame.width * max(aspect, 1))      # enlarged, so that nothing is lost
     height = round(frame.height / min(aspect, 1))
@@ -163,13 +180,34 @@ def to_rgb(frame):
     return np.ascontiguousarray(as_displayed(image, frame))
 
 
+def to_srgb_from_hdr(image, frame):
+    """uint8 (H, W, 3), of to_rgb or cut from it -> the same; where the frame is HDR (BT.2100), in sRGB.
+
+    White is 203 cd/m2 (BT.2408). This takes long, and to find a face to_rgb alone will do.
+    """
+    if frame.color_trc not in (PQ, HLG):
+        return image
+    rgb = image / np.float32(255)
+    if frame.color_trc == PQ:
+        root = rgb ** (1 / 78.84375)
+        light = (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
+        light = 10_000 * light                                          # cd/m2
+    else:
+        dark, bright = rgb ** 2 / 3, (np.exp((rgb - 0.55991073) / 0.17883277) + 0.28466892) / 12
+        scene = np.where(rgb <= 0.5, dark, bright)
+        luminance = scene @ np.float32([0.2627, 0.6780, 0.0593])
+        light = 1000 * scene * luminance[..., None] ** 0.2              # on a screen of 1000 cd/m2
+    light = (light / 203 @ FROM_BT2020.T).clip(0, 1)
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return (255 * srgb).round().astype(np.uint8)
+
+
 def as_displayed(image, frame):
     """Apply a frame's display matrix: x' = a x + c y, y' = b x + d y. Phones turn by it, some mirror."""
-    from av.sidedata.sidedata import Type
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = side_data(frame, "DISPLAYMATRIX")
     if matrix is None:
         return image
-    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
     if abs(a) + abs(d) < abs(b) + abs(c):       # x and y change places
         image, (a, d) = image.swapaxes(0, 1), (c, b)
     if a < 0:
@@ -179,9 +217,26 @@ def as_displayed(image, frame):
     return image
 
 
+def side_data(frame, kind):
+    """What comes with a frame beside its pixels: bytes, or None. kind: a name of av's Type."""
+    from av.sidedata.sidedata import Type
+
+    def unknown(cls, value):
+        member = object.__new__(cls)
+        member._name_, member._value_ = f"UNKNOWN_{value}", value
+        return member
+
+    # FFmpeg 8 adds EXIF (31) to photos, of which PyAV 18 does not know: without this, reading any kind raises
+    Type._missing_ = classmethod(unknown)
+    data = frame.side_data.get(Type[kind])
+    return data and bytes(data)
+
+
 # ----------------------------------------------------------------------------------------------- photos
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+         8: Transpose.ROTATE_90}    # what EXIF's orientations ask for
 
 
 def read_photo(path):
@@ -195,12 +250,12 @@ def read_photo(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return np.asarray(to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile")))
+                return np.asarray(to_srgb(turned(image), image.info.get("icc_profile")))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except UnidentifiedImageError as e:
         problem = e
-    except UNREADABLE as e:
+    except Exception as e:      # PIL raises a dozen types on damaged files
         raise UserError(f"{path} is not a picture that can be read ({e})") from None
     try:    # what PIL does not know: .heic
         image, profile = read_still(path)
@@ -211,12 +266,21 @@ def read_photo(path):
     return np.asarray(to_srgb(Image.fromarray(image), profile))
 
 
+def turned(image):
+    """A PIL picture -> upright by its EXIF. ImageOps.exif_transpose fails where another tag there is odd."""
+    image.load()        # a TIFF turns itself
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:   # damaged EXIF: as if there were none
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def read_still(path):
     """The picture of a file such as .heic: uint8 (H, W, 3), upright, and its colour profile or None.
 
     Raises OSError or av.FFmpegError where there is none.
     """
-    from av.sidedata.sidedata import Type
     from av.stream import Disposition
     with open_media(path) as container:
         if any(s.disposition & Disposition.dependent for s in container.streams.video):
@@ -228,8 +292,7 @@ def read_still(path):
         if frame is None:
             raise OSError("no picture in it")
         frame.opaque = pixel_aspect(stream)
-        profile = frame.side_data.get(Type.ICC_PROFILE)
-        return to_rgb(frame), profile and bytes(profile)
+        return to_srgb_from_hdr(to_rgb(frame), frame), side_data(frame, "ICC_PROFILE")
 
 
 def to_srgb(image, profile):

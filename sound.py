@@ -24,8 +24,10 @@ def usable_sound(path):
             start = (container.start_time or 0) / av.time_base
         with av.open(io.BytesIO(), "w", format="mp4") as out, Sound(path, out, start) as sound:
             sound.write_until(1)
+            if sound.packet and not sound.written:      # it begins later
+                sound.write_until(float(sound.packet.pts * sound.packet.time_base) + 0.001)
             if not sound.written:
-                problem, sound.problem = sound.problem or "there is none in its first second", None
+                problem, sound.problem = sound.problem or "there is none in it", None
     except (av.FFmpegError, OSError, ValueError) as e:
         problem = e
     if problem:
@@ -52,7 +54,7 @@ class Sound:
             return
         if audio.codec_context is None or not audio.rate:
             self.problem = "of a kind that is not known"
-        elif audio.codec_context.name in COPIED:
+        elif audio.codec_context.name in COPIED and not is_slow_mp3(audio):
             self.packets = self.copied(audio, out.add_stream_from_template(audio))
         else:
             self.packets = self.encoded(audio, add_aac(out, audio))
@@ -107,6 +109,11 @@ class Sound:
                 if frame.pts >= 0:      # none from before the result starts
                     yield from stream.encode(frame)
         yield from stream.encode()
+
+
+def is_slow_mp3(audio):
+    """Of below 16,000 Hz: mp4 knows none."""
+    return audio.codec_context.name.startswith("mp3") and audio.rate < 16_000
 
 
 def decoded(packet):

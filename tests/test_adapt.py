@@ -5,6 +5,7 @@ All on points from a known face.
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -392,8 +393,10 @@ def test_a_person_file_from_before(command, bundled, capsys):
 
 
 def test_views_need_no_driver(command):
+    Path("around.png").write_bytes(b"precious")
     command("--photo", PHOTO, "--views", "--out", "around.mp4")
-    assert Image.open("around.png").size == (9 * 64, 64)
+    assert Path("around.png").read_bytes() == b"precious"
+    assert Image.open("around.views.png").size == (9 * 64, 64)
     assert sum(1 for _ in read_video("around.mp4")) == 100
 
 

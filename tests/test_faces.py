@@ -93,6 +93,39 @@ def test_photos_of_every_kind(tmp_path):
     assert picture(tmp_path / "i.png", Image.new("LA", (30, 20), (0, 0)))[0, 0].tolist() == [255] * 3
 
 
+CORNER = np.zeros((32, 64, 3), np.uint8)
+CORNER[:16, :32] = 255      # top left
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
+    """PIL as a photo, FFmpeg as a driver of one frame. Phones write odd tags, too, here a number as text."""
+    seen = set()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(CORNER).save(path, exif=exif, quality=95)
+        photo = media.read_photo(path)
+        turned = orientation > 4
+        assert photo.shape == ((64, 32, 3) if turned else (32, 64, 3))
+        rows, columns = np.nonzero(photo[..., 0] > 128)
+        seen.add((turned, rows.mean() < photo.shape[0] / 2, columns.mean() < photo.shape[1] / 2))
+        frame = media.to_rgb(next(media.read_video(path)))
+        assert frame.shape == photo.shape and np.abs(frame.astype(int) - photo).mean() < 4
+    assert len(seen) == 8
+
+
+def test_odd_exif_costs_no_photo(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    Image.fromarray(CORNER).save(tmp_path / "a.jpg", exif=exif)
+    blob = (tmp_path / "a.jpg").read_bytes()
+    at = blob.index(b"\x01\x1a\x00\x05")        # XResolution, a fraction: now it is text
+    (tmp_path / "a.jpg").write_bytes(blob[:at + 3] + b"\x02" + blob[at + 4:])
+    assert media.read_photo(tmp_path / "a.jpg").shape == (64, 32, 3)
+
+
 def test_nothing_is_averaged_across_a_cut():
     points = np.zeros((50, 68, 2))
     points[:, 36:42], points[:, 42:48], points[:, [48, 54]] = (100, 90), (140, 90), (120, 130)
@@ -255,6 +288,13 @@ def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
         out.mux(stream.encode(av.VideoFrame.from_ndarray(face, format="rgb24")))
         out.mux(stream.encode())
     assert np.abs(media.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with open(tmp_path / "b.heic", "wb") as file:       # with EXIF, of which PyAV knows nothing
+        Image.fromarray(face).save(file, "AVIF", quality=95, exif=exif)
+    turned, profile = media.read_still(tmp_path / "b.heic")
+    assert turned.shape == (face.shape[1], face.shape[0], 3) and profile is None
+    assert np.abs(turned.astype(int) - np.rot90(face, -1)).mean() < 6
     with pytest.raises(UserError, match="is a folder, and a photo is wanted"):
         media.read_photo(tmp_path)
     with pytest.raises(UserError, match="no file"):

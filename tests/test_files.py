@@ -35,7 +35,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to("missing/a.mp4")
     for path, words in (("/dev/null", "no regular file"), (tmp_path / "pipe", "no regular file"),
-                        (tmp_path, "a folder"), (tmp_path / "loop", "cannot write"),
+                        (tmp_path, "a folder"), (f"{tmp_path}/new/", "name of a folder"), (tmp_path / "loop", "cannot write"),
                         (tmp_path / "null", "no regular file"), (tmp_path / "nowhere", "no folder"),
                         (tmp_path / ("a" * 256), "too long")):
         with pytest.raises(UserError, match=words):
@@ -115,6 +115,28 @@ def test_errors_of_one_line(tmp_path, capsys):
     names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')",
                 env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert names.returncode == 0 and "wrote caf" in names.stdout
+
+
+def test_sigterm_leaves_no_temporary_file(tmp_path):
+    """As timeout, docker stop and clusters end a program."""
+    body = """
+    with files.atomic("result") as temporary:
+        open(temporary, "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)"""
+    done = run(tmp_path, "import os, signal, time" + body)
+    assert done.returncode == 143 and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    """`python infer.py ... | head -0`: Python would complain at its end, with a code of its own."""
+    command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT), body="print('wrote it')")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=env, timeout=120)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_a_closed_stderr_takes_no_file_s_place(tmp_path):

@@ -183,6 +183,71 @@ def test_the_whole_display_matrix_is_applied(tmp_path, turns, mirrored):
     assert seen[white].mean() > 240 and seen[~white].mean() < 15
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "flv"])
+def test_a_title_in_any_alphabet(tmp_path, clip, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(clip)) as a, av.open(str(path), "w") as b:
+        b.metadata["title"] = "cafXX"
+        copy = b.add_stream_from_template(a.streams.video[0])
+        for packet in a.demux(a.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = copy
+                b.mux(packet)
+    blob = path.read_bytes()
+    assert b"cafXX" in blob
+    path.write_bytes(blob.replace(b"cafXX", b"caf\xe9 "))     # Latin-1
+    assert len(list(media.read_video(path))) == len(list(media.read_video(clip)))
+
+
+@pytest.mark.parametrize("curve,signal,grey", [
+    (18, 0.75, 255), (16, 0.58, 255),               # HLG and PQ: white, and a grey card, of BT.2408, table 1
+    (18, 0.38, 100), (16, 0.38, 100), (1, 0.75, 189)])  # 26 of 203 cd/m2 are 100 in sRGB; the last is no HDR
+def test_hdr_is_seen_as_on_a_screen(tmp_path, face, detect, curve, signal, grey):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = curve, 9, 9, 1
+        frame = av.VideoFrame(64, 48, "yuv420p10le")
+        for plane, level in zip(frame.planes, (round(64 + 876 * signal), 512, 512)):
+            plane.update(np.full(plane.buffer_size // 2, level, np.uint16).tobytes())
+        frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range = curve, 9, 9, 1
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    frame = next(media.read_video(path))
+    seen = media.to_srgb_from_hdr(media.to_rgb(frame), frame)
+    assert seen.dtype == np.uint8 and np.abs(seen.astype(int) - grey).max() < 10  # from 8 bits
+
+
+def test_hdr_colours_of_a_clip_are_learned(tmp_path, face, detect, monkeypatch):
+    write_clip(tmp_path / "a.mp4", moving(face, 2), np.arange(2) * 512, sound=False)
+    monkeypatch.setattr(gather, "to_srgb_from_hdr", lambda image, frame: image // 2)
+    learned = [crop for crop, _, _ in gather.faces_in(tmp_path / "a.mp4", detect, 64)]
+    assert len(learned) == 2 and max(crop.max() for crop in learned) < 128
+
+
+@pytest.mark.parametrize("name", ["a.f4v", "a.asf", "clip", "a.video"])
+def test_a_clip_of_any_name_is_a_clip(tmp_path, face, detect, name):
+    write_clip(tmp_path / "a.mp4", moving(face, 3), np.arange(3) * 512, sound=False)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / name)
+    assert len(list(gather.faces_in(tmp_path / name, detect, 64, 32))) == 3
+
+
+def test_a_rate_that_changes_is_no_early_end(tmp_path, capsys):
+    """60 frames a second, then 5: of a .ts, FFmpeg guesses the rate from the first ones."""
+    with av.open(str(tmp_path / "a.ts"), "w") as out:
+        stream = out.add_stream("libx264", rate=60, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 60)
+        for k in range(120):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), k, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = (k if k < 60 else 60 + (k - 60) * 12), Fraction(1, 60)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert len(list(media.read_video(tmp_path / "a.ts"))) == 120 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name,ratio,shape", [
     ("a.mp4", (4, 3), (48, 64)), ("a.mkv", (4, 3), (48, 64)), ("a.ts", (4, 3), (48, 64)),
     ("b.mp4", (8, 9), (54, 48)), ("c.mp4", (1, 1), (48, 48))])
@@ -369,6 +434,31 @@ def test_rates_that_aac_does_not_know(tmp_path, rate, nearest):
         audio = container.streams.audio[0]
         assert audio.codec_context.name == "aac" and audio.rate == nearest
         assert sum(f.samples for f in container.decode(audio)) / nearest == pytest.approx(1, abs=0.15)
+
+
+def test_sound_that_begins_late_is_kept(tmp_path, capsys):
+    write_sound(tmp_path / "a.mp4", "aac", frames=50)
+    with av.open(str(tmp_path / "a.mp4")) as a, av.open(str(tmp_path / "late.mp4"), "w") as b:
+        copies = {s.index: b.add_stream_from_template(s) for s in a.streams}
+        for packet in a.demux():
+            if packet.dts is not None:
+                late = round(3 / packet.time_base) if packet.stream.type == "audio" else 0
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = copies[packet.stream.index]
+                b.mux(packet)
+    assert sound.usable_sound(tmp_path / "late.mp4") and not capsys.readouterr().err
+    video.write_video(tmp_path / "out.mp4", black(150), np.arange(150), (1, 25), tmp_path / "late.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        first = next(p for p in container.demux(audio=0) if p.size)
+        assert float(first.pts * first.time_base) == pytest.approx(3, abs=0.1)
+
+
+def test_mp3_that_mp4_does_not_know_is_encoded_anew(tmp_path):
+    write_sound(tmp_path / "a.mkv", "libmp3lame", rate=11025, frames=25)
+    assert sound.usable_sound(tmp_path / "a.mkv")
+    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.mkv")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.audio[0].codec_context.name == "aac"
 
 
 def test_sound_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys, monkeypatch):
