@@ -101,6 +101,8 @@ class PreparedVideos:
             for key in ("image_size", "detector", "landmarks", "offsets", "jpeg"):
                 sequence[key]
             return sequence
+        except OSError as e:    # a folder of somebody else's, a network drive that is gone
+            raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
             raise UserError(f"{self.files[i]} is damaged or not from data.py ({type(e).__name__}): "
                             "delete it and prepare it again") from None

@@ -296,6 +296,11 @@ def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         PreparedVideos(broken)
+    for file in broken.glob("*.pt"):        # as where a drive is gone: nothing to delete
+        file.unlink()
+        file.symlink_to("/nowhere")
+    with pytest.raises(UserError, match="cannot read .*No such file"):
+        PreparedVideos(broken)
 
 
 def limit_files():
