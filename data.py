@@ -142,6 +142,13 @@ class PreparedVideos:
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 
 
+def check_landmarks(videos, folder, config, checkpoint):
+    """UserError where the videos of a folder have other landmarks than a checkpoint's training had."""
+    if videos.detector != config.landmarks:
+        raise UserError(f"{folder} was prepared with {videos.detector} landmarks, {checkpoint} "
+                        f"trained with {config.landmarks}")
+
+
 class Episodes(torch.utils.data.Dataset):
     """Sec. 3.2: item n = step * slots + slot is an episode, a pure function of (seed, step, rank, slot).
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import PreparedVideos
+from data import PreparedVideos, check_landmarks
 from device import default_device, fast_dtype
 from faces import landmark_detector
 from files import UserError, atomic, check_paths, make_parser, run, warn
@@ -260,9 +260,7 @@ def main():
     config = state["config"]
     size = config.image_size
     data = ToyHeads(args.videos, size, first=1000) if args.toy else PreparedVideos(args.data, size)
-    if data.detector != config.landmarks:
-        raise UserError(f"{args.data} was prepared with {data.detector} landmarks, {args.checkpoint} "
-                        f"trained with {config.landmarks}")
+    check_landmarks(data, args.data, config, args.checkpoint)
     train_data = PreparedVideos(args.train_data, size) if args.train_data else None
     content = content_loss(args, config, face=0.0 if args.toy else FACE_WEIGHT).to(device)
     if args.timing:

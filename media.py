@@ -4,6 +4,7 @@
     for frame in read_video("v.mp4"):       # av.VideoFrame, one at a time
         image = to_rgb(frame)               # uint8 (H, W, 3), upright
 """
+import functools
 import io
 import os
 import warnings
@@ -64,18 +65,18 @@ def read_video(path, complain=warn):
     UserError if there is no frame to be had. What ends early is used as far as it goes, with complain(line).
     """
     import av
-    count, expected, first, problem = 0, 0, None, None
+    count, start, problem = 0, None, None
     try:
         with open_media(path) as container:
             stream = main_video(container)
             if stream is None:
                 raise UserError(f"{path} has no video in it")
+            promised = promises(container, stream)
             for frame in with_rising_times(container.decode(stream), stream):
                 frame.opaque = pixel_aspect(stream)
                 count += 1
-                first = frame.pts if first is None else first
-                shown = float((frame.pts + frame.duration - first) * frame.time_base)   # seconds
-                expected = shown_frames(container, stream, count, shown)
+                start = frame.pts if start is None else start
+                shown = (frame.pts + frame.duration - start) * frame.time_base      # seconds
                 yield frame
     except (av.FFmpegError, OSError) as e:
         problem = e.strerror or str(e)
@@ -87,24 +88,30 @@ def read_video(path, complain=warn):
             raise UserError(f"{path} is not a video that can be read ({problem})") from None
     if not count:
         raise UserError(f"{path} is a video without a frame that can be read")
+    expected = shown_frames(*promised, count, float(shown))
     if problem or count < 0.95 * expected - 1:      # containers' own counts are a little off at times
         why = problem or "it ends early"
         complain(f"{path}: only {count} of about {expected:.0f} frames could be read ({why})")
 
 
-def shown_frames(container, stream, count, shown):
-    """About how many frames a container promises to show, 0 if it does not say.
+def promises(container, stream):
+    """What a container says of its length: frames, seconds, 0 where it does not; and frames a second."""
+    if stream.duration:
+        seconds = float(stream.duration * stream.time_base)
+    else:
+        seconds = (container.duration or 0) / 1e6
+    return stream.frames, seconds, float(stream.average_rate or 25)
 
-    count, shown: the frames so far, and for how many seconds. They say more about the rate than the
-    container does, which may have guessed it from the first frames.
+
+def shown_frames(stored, seconds, rate, count, shown):
+    """About how many frames a container promised to show, 0 if it did not say.
+
+    stored, seconds, rate: of promises().  count, shown: the frames that came, and for how many seconds: they
+    say more about the rate than the container does, which may have guessed it from the first frames.
     An edit list hides some of those that are stored, or shows them twice: the smaller number counts.
     """
-    rate = count / shown if shown else float(stream.average_rate or 25)
-    if stream.duration:
-        by_time = float(stream.duration * stream.time_base * rate)
-    else:
-        by_time = float((container.duration or 0) / 1e6 * rate)
-    return min(stream.frames, by_time) if stream.frames and by_time else stream.frames or by_time
+    by_time = seconds * (count / shown if shown else rate)
+    return min(stored, by_time) if stored and by_time else stored or by_time
 
 
 def with_rising_times(frames, stream):
@@ -219,6 +226,16 @@ def as_displayed(image, frame):
 
 def side_data(frame, kind):
     """What comes with a frame beside its pixels: bytes, or None. kind: a name of av's Type."""
+    data = frame.side_data.get(kinds_of_side_data()[kind])
+    return data and bytes(data)
+
+
+@functools.cache
+def kinds_of_side_data():
+    """av's Type, with members for those it lacks.
+
+    FFmpeg 8 adds EXIF (31) to photos, of which PyAV 18 does not know: then reading any kind would raise.
+    """
     from av.sidedata.sidedata import Type
 
     def unknown(cls, value):
@@ -226,10 +243,8 @@ def side_data(frame, kind):
         member._name_, member._value_ = f"UNKNOWN_{value}", value
         return member
 
-    # FFmpeg 8 adds EXIF (31) to photos, of which PyAV 18 does not know: without this, reading any kind raises
     Type._missing_ = classmethod(unknown)
-    data = frame.side_data.get(Type[kind])
-    return data and bytes(data)
+    return Type
 
 
 # ----------------------------------------------------------------------------------------------- photos

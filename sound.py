@@ -25,7 +25,7 @@ def usable_sound(path):
         with av.open(io.BytesIO(), "w", format="mp4") as out, Sound(path, out, start) as sound:
             sound.write_until(1)
             if sound.packet and not sound.written:      # it begins later
-                sound.write_until(float(sound.packet.pts * sound.packet.time_base) + 0.001)
+                sound.write_until(sound.packet.pts * sound.packet.time_base)
             if not sound.written:
                 problem, sound.problem = sound.problem or "there is none in it", None
     except (av.FFmpegError, OSError, ValueError) as e:

@@ -18,9 +18,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from data import Episodes, PreparedVideos
+from data import Episodes, PreparedVideos, check_landmarks
 from device import autocast, default_device
-from files import UserError, check_least, check_paths, make_parser, run
+from files import check_least, check_paths, make_parser, run
 from losses import FACE_WEIGHT, ContentLoss
 from meta_train import batches
 from model import load_checkpoint, load_networks, save_checkpoint
@@ -157,9 +157,7 @@ def main():
     torch.manual_seed(args.seed)
     state = load_checkpoint(args.checkpoint, device)
     videos = PreparedVideos(args.data, state["config"].image_size)
-    if videos.detector != state["config"].landmarks:
-        raise UserError(f"{args.data} was prepared with {videos.detector} landmarks, {args.checkpoint} "
-                        f"trained with {state['config'].landmarks}")
+    check_landmarks(videos, args.data, state["config"], args.checkpoint)
     config = replace(state["config"], by_frames=False)          # every person as often
     draw = lambda K, slots, more, config: Episodes(videos, K, slots, 3 * args.seed + more, config=config)
     E, G, D = (net.to(memory_format=torch.channels_last) for net in load_networks(state))

@@ -99,7 +99,7 @@ CORNER[:16, :32] = 255      # top left
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
-    """PIL as a photo, FFmpeg as a driver of one frame. Phones write odd tags, too, here a number as text."""
+    """PIL as a photo, FFmpeg as a driver of one frame."""
     seen = set()
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -117,6 +117,7 @@ def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
 
 
 def test_odd_exif_costs_no_photo(tmp_path):
+    """Phones write such tags: here a number as text."""
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     Image.fromarray(CORNER).save(tmp_path / "a.jpg", exif=exif)

@@ -35,7 +35,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to("missing/a.mp4")
     for path, words in (("/dev/null", "no regular file"), (tmp_path / "pipe", "no regular file"),
-                        (tmp_path, "a folder"), (f"{tmp_path}/new/", "name of a folder"), (tmp_path / "loop", "cannot write"),
+                        (tmp_path, "a folder"), (f"{tmp_path}/new/", "name of a folder"),
+                        (tmp_path / "loop", "cannot write"),
                         (tmp_path / "null", "no regular file"), (tmp_path / "nowhere", "no folder"),
                         (tmp_path / ("a" * 256), "too long")):
         with pytest.raises(UserError, match=words):
@@ -95,19 +96,16 @@ def run(tmp_path, body, **options):
 
 
 def test_errors_of_one_line(tmp_path, capsys):
-    def raised(words):
-        raise RuntimeError(words)
+    def raised(words, kind=RuntimeError):
+        raise kind(words)
 
     with pytest.raises(SystemExit) as left:
         files.run(lambda: raised("DataLoader worker (pid 7) is killed by signal: Bus error. "
                                  "It is possible that dataloader workers are out of shared memory"))
     said = capsys.readouterr().err
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--shm-size" in said
-    def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
     with pytest.raises(SystemExit) as left:
-        files.run(full)
+        files.run(lambda: raised("CUDA out of memory. Tried to allocate 2.00 GiB", torch.OutOfMemoryError))
     said = capsys.readouterr().err
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--batch" in said
     with pytest.raises(RuntimeError, match="a fault of ours"):      # it keeps its traceback

@@ -186,13 +186,7 @@ def test_the_whole_display_matrix_is_applied(tmp_path, turns, mirrored):
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "flv"])
 def test_a_title_in_any_alphabet(tmp_path, clip, suffix):
     path = tmp_path / f"a.{suffix}"
-    with av.open(str(clip)) as a, av.open(str(path), "w") as b:
-        b.metadata["title"] = "cafXX"
-        copy = b.add_stream_from_template(a.streams.video[0])
-        for packet in a.demux(a.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = copy
-                b.mux(packet)
+    remux(clip, path, offset=0, title="cafXX")
     blob = path.read_bytes()
     assert b"cafXX" in blob
     path.write_bytes(blob.replace(b"cafXX", b"caf\xe9 "))     # Latin-1
@@ -202,7 +196,7 @@ def test_a_title_in_any_alphabet(tmp_path, clip, suffix):
 @pytest.mark.parametrize("curve,signal,grey", [
     (18, 0.75, 255), (16, 0.58, 255),               # HLG and PQ: white, and a grey card, of BT.2408, table 1
     (18, 0.38, 100), (16, 0.38, 100), (1, 0.75, 189)])  # 26 of 203 cd/m2 are 100 in sRGB; the last is no HDR
-def test_hdr_is_seen_as_on_a_screen(tmp_path, face, detect, curve, signal, grey):
+def test_hdr_is_seen_as_on_a_screen(tmp_path, curve, signal, grey):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("ffv1", rate=25)
@@ -263,13 +257,14 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, shape):
     assert media.to_rgb(next(media.read_video(tmp_path / name))).shape == (*shape, 3)
 
 
-def remux(source, target, offset):
-    """Copy packets without re-encoding, `offset` seconds later."""
+def remux(source, target, offset, kinds=("video", "audio"), **metadata):
+    """Copy packets without re-encoding, those of these kinds `offset` seconds later."""
     with av.open(str(source)) as a, av.open(str(target), "w") as b:
+        b.metadata.update(metadata)
         copies = {s.index: b.add_stream_from_template(s) for s in a.streams}
         for packet in a.demux():
             if packet.dts is not None:
-                shift = round(offset / packet.time_base)
+                shift = round(offset / packet.time_base) if packet.stream.type in kinds else 0
                 packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                 packet.stream = copies[packet.stream.index]
                 b.mux(packet)
@@ -438,14 +433,7 @@ def test_rates_that_aac_does_not_know(tmp_path, rate, nearest):
 
 def test_sound_that_begins_late_is_kept(tmp_path, capsys):
     write_sound(tmp_path / "a.mp4", "aac", frames=50)
-    with av.open(str(tmp_path / "a.mp4")) as a, av.open(str(tmp_path / "late.mp4"), "w") as b:
-        copies = {s.index: b.add_stream_from_template(s) for s in a.streams}
-        for packet in a.demux():
-            if packet.dts is not None:
-                late = round(3 / packet.time_base) if packet.stream.type == "audio" else 0
-                packet.pts, packet.dts = packet.pts + late, packet.dts + late
-                packet.stream = copies[packet.stream.index]
-                b.mux(packet)
+    remux(tmp_path / "a.mp4", tmp_path / "late.mp4", offset=3, kinds=["audio"])
     assert sound.usable_sound(tmp_path / "late.mp4") and not capsys.readouterr().err
     video.write_video(tmp_path / "out.mp4", black(150), np.arange(150), (1, 25), tmp_path / "late.mp4")
     with av.open(str(tmp_path / "out.mp4")) as container:
