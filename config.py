@@ -1,7 +1,7 @@
 """What a training run is made of. Checkpoints hold it: later stages ask nothing, --resume compares."""
 from dataclasses import dataclass
 
-from files import UserError
+from runtime.files import UserError
 
 
 @dataclass

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from config import Config
-from files import UserError, make_parser, run, warn
-from gather import prepare
+from media.folders import prepare
+from runtime.files import UserError, make_parser, run, warn
 
 # ------------------------------------------------------------------------------------------- landmarks
 

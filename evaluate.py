@@ -6,7 +6,7 @@
     python evaluate.py ... --user-study study                              # study/index.html, to be clicked
     python evaluate.py --toy                                               # drawn heads, without any data
     python evaluate.py --toy --timing                                      # Table 2 instead
-    python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead: puppeteer.py
+    python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead, by evaluation/puppeteer.py
 
 For every video of people that the checkpoint has not seen: learn from T frames, draw the 32 hold-out
 frames from their own landmarks (infer.py's --motion paper), compare with the true ones. A prepared folder
@@ -32,25 +32,24 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from beyond.likeness import LIKENESS_WEIGHT, POSES
+from beyond.toy import ToyHeads
 from data import PreparedVideos, check_landmarks
-from device import default_device, fast_dtype
-from faces import landmark_detector
-from files import UserError, atomic, check_paths, make_parser, run, warn
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
-                      load_for_finetuning)
-from gather import evenly
+from evaluation.metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
+                                torchscript_recognition)
+from evaluation.protocol import draw_protocol, find_videos, person
+from evaluation.puppeteer import find_drivers, open_driver, puppeteer
+from evaluation.report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study,
+                               write_scores, write_strip, write_vectors)
+from evaluation.timing import timing
+from finetune import CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person, load_for_finetuning
 from infer import render
-from likeness import LIKENESS_WEIGHT, POSES
 from losses import FACE_WEIGHT, ContentLoss
-from metrics import (dlib_recognition, inception, landmark_error, mean_vector, ssim,
-                     torchscript_recognition)
+from media.faces import landmark_detector
+from media.folders import evenly
 from model import load_checkpoint, load_networks
-from protocol import draw_protocol, find_videos, person
-from puppeteer import find_drivers, open_driver, puppeteer
-from report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study,
-                    write_scores, write_strip, write_vectors)
-from timing import timing
-from toy import ToyHeads
+from runtime.device import default_device, fast_dtype
+from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
 
 ABLATION = {  # A.2: what finetune() is called with
     "without L'_ADV": {"adversarial": False},

@@ -13,16 +13,16 @@ from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
 
+from beyond.likeness import other_poses
 from data import to_float, to_tensors
-from device import autocast, default_device
-from faces import landmark_detector
-from files import UserError, check_least, check_paths, make_parser, run, warn
-from gather import faces_in
-from likeness import other_poses
+from evaluation.metrics import STRANGERS, dlib_recognition
 from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
                     hinge_loss)
-from metrics import STRANGERS, dlib_recognition
+from media.faces import landmark_detector
+from media.folders import faces_in
 from model import load_checkpoint, load_networks, save_checkpoint
+from runtime.device import autocast, default_device
+from runtime.files import UserError, check_least, check_paths, make_parser, run, warn
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real128.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1

@@ -15,19 +15,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from adapt import adapt, describe, place, views
+from beyond.adapt import adapt, describe, place, views
+from beyond.face3d import fit, load_face3d
 from data import landmark_images, to_uint8
-from device import default_device, fast_dtype
-from face3d import fit, load_face3d
-from faces import landmark_detector
-from files import UserError, atomic, check_paths, make_parser, run, warn
+from evaluation.metrics import SAME, dlib_recognition
 from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
                       load_for_finetuning, load_parts, save_person)
-from gather import evenly
-from metrics import SAME, dlib_recognition
+from media.encode import SUFFIXES, write_video
+from media.faces import landmark_detector
+from media.folders import evenly
+from media.sound import usable_sound
+from media.tracking import load_track, read_crops, save_track, track_video
 from model import load_checkpoint, load_person
-from sound import usable_sound
-from video import SUFFIXES, load_track, read_crops, save_track, track_video, write_video
+from runtime.device import default_device, fast_dtype
+from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import UserError, warn
 from perceptual import FaceFeatures, squeezenet_features, vgg19_features, vggface_features
+from runtime.files import UserError, warn
 
 FM_WEIGHT = 10.0                                # Sec. 3.4
 BETAS = (0.0, 0.999)                            # of the adversarial Adams; not in the paper; as BigGAN

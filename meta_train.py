@@ -22,17 +22,17 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
+from beyond.grow import grow
+from beyond.toy import ToyHeads
 from config import Config
 from data import Episodes, PreparedVideos, to_float, to_uint8
-from device import autocast
-from files import UserError, atomic, check_least, check_paths, make_parser, run
-from grow import grow
 from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
                     match_loss)
 from model import Discriminator, Embedder, Generator
-from resume import (Log, Signals, Training, any_rank, check_finite, clear, find_ranks, join_ranks,
-                    open_run, restore, save_step, worker_signals)
-from toy import ToyHeads
+from runtime.device import autocast
+from runtime.files import UserError, atomic, check_least, check_paths, make_parser, run
+from runtime.resume import (Log, Signals, Training, any_rank, check_finite, clear, find_ranks, join_ranks,
+                            open_run, restore, save_step, worker_signals)
 
 LOG_EVERY = 50
 TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from config import Config
-from files import UserError, save_tensors
+from runtime.files import UserError, save_tensors
 
 FORMAT = 1  # of checkpoints; raised whenever an older file can no longer be read
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from faces import dlib_model, five_points
-from files import UserError
+from media.faces import dlib_model, five_points
+from runtime.files import UserError
 
 VGG19_LAYERS = (1, 6, 11, 20, 29)               # relu1_1 ... relu5_1 of torchvision's `features`
 VGGFACE_LAYERS = (1, 6, 11, 18, 25)             # the same of a VGG16, which VGGFace is

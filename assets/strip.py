@@ -10,17 +10,18 @@ from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
-from adapt import adapt, describe  # noqa: E402  (the project's own modules, from wherever this is run)
+# the project's own modules, from wherever this is run
+from beyond.adapt import adapt, describe  # noqa: E402
+from beyond.face3d import load_face3d  # noqa: E402
 from data import draw_landmarks  # noqa: E402
-from device import default_device  # noqa: E402
-from face3d import load_face3d  # noqa: E402
-from faces import landmark_detector  # noqa: E402
-from files import atomic  # noqa: E402
 from finetune import CHECKPOINT, EPOCHS, learn_person, load_parts  # noqa: E402
 from infer import render  # noqa: E402
 from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
+from media.faces import landmark_detector  # noqa: E402
+from media.tracking import load_track  # noqa: E402
 from model import load_checkpoint  # noqa: E402
-from video import load_track  # noqa: E402
+from runtime.device import default_device  # noqa: E402
+from runtime.files import atomic  # noqa: E402
 
 PHOTOS, POSES, CELL = ("astronaut.jpg", "mona_lisa.jpg"), [0, 40, 90, 120, 160, 180], 128
 

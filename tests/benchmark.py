@@ -52,18 +52,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  (the project's own modules, from wherever this is run)
-import faces  # noqa: E402
-import gather  # noqa: E402
 import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
-import device  # noqa: E402
-import video  # noqa: E402
+from beyond.toy import ToyHeads  # noqa: E402
 from config import Config  # noqa: E402
 from losses import FACE_WEIGHT, ContentLoss  # noqa: E402
+from media import decode, encode, faces, folders, tracking  # noqa: E402
 from model import Discriminator, Embedder, Generator  # noqa: E402
 from perceptual import VGG19_LAYERS, VGGFACE_LAYERS, Features  # noqa: E402
-from toy import ToyHeads  # noqa: E402
+from runtime import device  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -204,7 +202,7 @@ def clip(path, frames, size=512):
     image = image.resize((size + 64, size + 64), Image.BICUBIC)
     image, k = np.asarray(image), np.arange(frames)
     dx, dy = (32 + 24 * np.sin(k / 17)).astype(int), (32 + 16 * np.sin(k / 11)).astype(int)
-    video.write_video(str(path), (image[b:b + size, a:a + size] for a, b in zip(dx, dy)), k, (1, 25))
+    encode.write_video(str(path), (image[b:b + size, a:a + size] for a, b in zip(dx, dy)), k, (1, 25))
 
 
 def data_():
@@ -213,9 +211,9 @@ def data_():
     detect = faces.landmark_detector("dlib")
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/a.mp4", 100, 224)
-        alone = lambda: [detect(video.to_rgb(f)) for f in video.read_video(f"{folder}/a.mp4")]
-        gather._detect = detect
-        whole = lambda: gather._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
+        alone = lambda: [detect(decode.to_rgb(f)) for f in decode.read_video(f"{folder}/a.mp4")]
+        folders._detect = detect
+        whole = lambda: folders._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
         times = best({"alone": alone, "whole": whole}, 3)
         print("data, one core")
         row("decoding and detection alone, 224 pixels", f"{100 / times['alone']:.0f} frames/s")
@@ -254,22 +252,22 @@ def infer():
         G, psi, source = stage2.learn_person(state, parts, None, 0, DEVICE)
         stage2.save_person(f"{folder}/p.pt", config, G, psi, source)
         frames = [np.zeros((S, S, 3), np.uint8)] * 150
-        track = video.track_video(f"{folder}/short.mp4", detect)
+        track = tracking.track_video(f"{folder}/short.mp4", detect)
         points = track.in_crops(S)
         command = [sys.executable, str(ROOT / "infer.py"), "--person", f"{folder}/p.pt",
                    "--out", f"{folder}/o.mp4", "--driver"]
         quiet = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        decode = lambda: [video.to_rgb(f) for f in video.read_video(f"{folder}/short.mp4")]
+        decoding = lambda: [decode.to_rgb(f) for f in decode.read_video(f"{folder}/short.mp4")]
 
         def whole():
-            track = video.track_video(f"{folder}/short.mp4", detect)
+            track = tracking.track_video(f"{folder}/short.mp4", detect)
             pictures = stage3.render(G, psi, track.in_crops(S), S)
-            video.write_video(f"{folder}/o.mp4", pictures, track.pts, track.time_base)
+            encode.write_video(f"{folder}/o.mp4", pictures, track.pts, track.time_base)
         times = best({
-            "decoding": decode,
-            "detection": lambda frames=decode(): [detect(f) for f in frames],
+            "decoding": decoding,
+            "detection": lambda frames=decoding(): [detect(f) for f in frames],
             "G": lambda: list(stage3.render(G, psi, points, S)),
-            "encoding": lambda: video.write_video(f"{folder}/o.mp4", frames, np.arange(150), (1, 25)),
+            "encoding": lambda: encode.write_video(f"{folder}/o.mp4", frames, np.arange(150), (1, 25)),
             "whole": whole}, 3)
         print(f"infer.py, {S} pixels, driver of 512 pixels")
         for name, seconds in times.items():

@@ -24,10 +24,10 @@ import pytest
 import torch
 from PIL import Image
 
-import files
-from faces import landmark_detector
 from config import Config
+from media.faces import landmark_detector
 from model import Discriminator, Embedder, Generator, save_checkpoint
+from runtime import files
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -79,7 +79,10 @@ def captured(out, err):
 
 
 def here(*args, cwd, **env):
-    """The same as `script` in this process, by the script's main(): without the seconds of a start."""
+    """The same as `script` in this process, by the script's main(): without the seconds of a start.
+
+    A command in a folder is named as for `python -m`: "beyond.teach".
+    """
     module = importlib.import_module(args[0].removesuffix(".py"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err,

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import adapt
-import face3d
 import infer
+from beyond import adapt, face3d
 from conftest import PHOTO, fail, succeed
-from faces import face_box
-from files import UserError, save_tensors
-from video import Track, read_video, save_track
+from media.decode import read_video
+from media.faces import face_box
+from media.tracking import Track, save_track
+from runtime.files import UserError, save_tensors
 
 SIZE = 256
 
@@ -122,14 +122,14 @@ def test_command_and_refusals(tmp_path, bundled):
         save_tensors({"jpeg": pixel, "offsets": torch.arange(11), "landmarks": torch.from_numpy(p).float(),
                       "image_size": SIZE, "detector": "dlib"}, tmp_path / f"prepared/{i:02}.pt")
     (tmp_path / "prepared/03.pt").write_bytes(b"damaged")
-    out = succeed("adapt.py", "--out", "face.npz", cwd=tmp_path)
+    out = succeed("beyond.adapt", "--out", "face.npz", cwd=tmp_path)
     assert "wrote face.npz: from 300 frames of 30 people" in out
     made = face3d.load_face3d(tmp_path / "face.npz")
     assert made.basis.shape == (16, 68, 3)
     assert (np.linalg.eigvalsh(made.between) > 0).all()
     (tmp_path / "prepared/00.pt").unlink(), (tmp_path / "prepared/03.pt").unlink()
-    assert "300 of 30 are needed" in fail("adapt.py", "--out", "face.npz", cwd=tmp_path)
-    assert "no prepared videos" in fail("adapt.py", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
+    assert "300 of 30 are needed" in fail("beyond.adapt", "--out", "face.npz", cwd=tmp_path)
+    assert "no prepared videos" in fail("beyond.adapt", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
     (tmp_path / "text.npz").write_text("no face")
     with pytest.raises(UserError, match="is not a 3-D face"):
         face3d.load_face3d(tmp_path / "text.npz")

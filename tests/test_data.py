@@ -7,13 +7,11 @@ import torch
 from PIL import Image
 
 import data
-import gather
-import faces
-import media
-from toy import ToyHeads
-from conftest import PHOTO, fail, here, moving, script, succeed, write_clip
-from files import UserError
+from beyond.toy import ToyHeads
 from config import Config
+from conftest import PHOTO, fail, here, moving, script, succeed, write_clip
+from media import decode, faces, folders
+from runtime.files import UserError
 
 
 def test_landmark_groups_and_colours():
@@ -50,7 +48,7 @@ def test_lines_grow_with_the_image(size, rows):
 
 def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
     """The detector, asked again, agrees; and the person's right eye is still drawn as the right one."""
-    image = media.read_photo(PHOTO)
+    image = decode.read_photo(PHOTO)
     points = detect(image)
     box = faces.face_box(points)
     frame, points = faces.crop(image, box, 256), faces.to_crop(points, box, 256)
@@ -84,8 +82,8 @@ def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, 
     frame = face[:200, :240]
     Image.fromarray(frame).save(tmp_path / "a.png")
     write_clip(tmp_path / "a.mp4", [frame] * 5, np.arange(5) * 512, sound=False)
-    (photo, points, _), = gather.faces_in(tmp_path / "a.png", detect, 128)
-    frames = list(gather.faces_in(tmp_path / "a.mp4", detect, 128))
+    (photo, points, _), = folders.faces_in(tmp_path / "a.png", detect, 128)
+    frames = list(folders.faces_in(tmp_path / "a.mp4", detect, 128))
     assert len(frames) == 5
     for picture, p, _ in frames:
         assert np.abs(picture.astype(int) - photo).mean() < 4 and np.abs(p - points).max() < 2
@@ -140,7 +138,7 @@ def tree(root, *paths):
 
 
 def sequences(root, out=None):
-    found, unused = gather.find_sequences(root, out)
+    found, unused = folders.find_sequences(root, out)
     return {name: [f.name for f in files] for name, files in found.items()}, "\n".join(unused)
 
 
@@ -185,8 +183,8 @@ def test_the_result_is_not_taken_for_videos(tmp_path):
 
 
 def test_max_frames_are_spread_evenly(clip, detect):
-    few = list(gather.faces_in(clip, detect, 64, 3))
-    every = list(gather.faces_in(clip, detect, 64))
+    few = list(folders.faces_in(clip, detect, 64, 3))
+    every = list(folders.faces_in(clip, detect, 64))
     assert len(few) == 3 and len(every) == 18
     assert [face[2] for face in few] == pytest.approx([0, 0.4, 0.94], abs=0.07)
     assert np.abs(few[-1][1] - every[-1][1]).max() < 1                          # the last frame is among them
@@ -294,6 +292,6 @@ def test_fan_without_a_network_says_where_to_put_its_weights(videos, tmp_path):
 
 
 def test_every_script_has_help(tmp_path):
-    for name in ("data.py", "meta_train.py", "finetune.py", "infer.py", "evaluate.py"):
+    for name in ("data.py", "meta_train.py", "finetune.py", "infer.py", "evaluate.py", "beyond.adapt", "beyond.teach"):
         result = here(name, "--help", cwd=tmp_path)
         assert result.returncode == 0 and name in result.stdout

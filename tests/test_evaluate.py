@@ -14,16 +14,13 @@ from PIL import Image
 
 import evaluate
 import infer
-import metrics
-import protocol
-import report
-import timing
+from beyond.toy import ToyHeads
 from conftest import ROOT, networks, succeed
 from data import PreparedVideos
-from files import UserError, save_tensors
+from evaluation import metrics, protocol, report, timing
 from finetune import learn_person
 from model import save_checkpoint
-from toy import ToyHeads
+from runtime.files import UserError, save_tensors
 
 
 def prepare(path, frames, points, **times):

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-import gather
-import faces
 import finetune
-import media
 from conftest import PHOTO
-from files import UserError
+from media import decode, faces, folders
 from model import Config
+from runtime.files import UserError
 
 
 def test_crop_follows_its_definition(face):
@@ -73,7 +71,7 @@ def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
 
 def picture(path, image, **options):
     image.save(path, **options)
-    return media.read_photo(path)
+    return decode.read_photo(path)
 
 
 def test_photos_of_every_kind(tmp_path):
@@ -106,12 +104,12 @@ def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.{suffix}"
         Image.fromarray(CORNER).save(path, exif=exif, quality=95)
-        photo = media.read_photo(path)
+        photo = decode.read_photo(path)
         turned = orientation > 4
         assert photo.shape == ((64, 32, 3) if turned else (32, 64, 3))
         rows, columns = np.nonzero(photo[..., 0] > 128)
         seen.add((turned, rows.mean() < photo.shape[0] / 2, columns.mean() < photo.shape[1] / 2))
-        frame = media.to_rgb(next(media.read_video(path)))
+        frame = decode.to_rgb(next(decode.read_video(path)))
         assert frame.shape == photo.shape and np.abs(frame.astype(int) - photo).mean() < 4
     assert len(seen) == 8
 
@@ -124,7 +122,7 @@ def test_odd_exif_costs_no_photo(tmp_path):
     blob = (tmp_path / "a.jpg").read_bytes()
     at = blob.index(b"\x01\x1a\x00\x05")        # XResolution, a fraction: now it is text
     (tmp_path / "a.jpg").write_bytes(blob[:at + 3] + b"\x02" + blob[at + 4:])
-    assert media.read_photo(tmp_path / "a.jpg").shape == (64, 32, 3)
+    assert decode.read_photo(tmp_path / "a.jpg").shape == (64, 32, 3)
 
 
 def test_nothing_is_averaged_across_a_cut():
@@ -196,10 +194,10 @@ def test_which_face_and_the_words_on_it():
 def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
     said = []
     Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
-    (_, points, _), = gather.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
+    (_, points, _), = folders.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
     assert len(said) == 1 and "2 faces in" in said[0] and "on the left" in said[0]
     said.clear()
-    list(gather.faces_in(PHOTO, detect, 128, complain=said.append))
+    list(folders.faces_in(PHOTO, detect, 128, complain=said.append))
     assert said == []
 
 
@@ -222,15 +220,15 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
     said = []
     Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
     Image.fromarray(face).save(tmp_path / "upright.png")
-    (lying, points, _), = gather.faces_in(tmp_path / "lying.png", detect, 128, complain=said.append)
-    (upright, expected, _), = gather.faces_in(tmp_path / "upright.png", detect, 128)
+    (lying, points, _), = folders.faces_in(tmp_path / "lying.png", detect, 128, complain=said.append)
+    (upright, expected, _), = folders.faces_in(tmp_path / "upright.png", detect, 128)
     assert words in said[0] and points == pytest.approx(expected, abs=1e-3) and np.array_equal(lying, upright)
 
 
 def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
     with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
-        list(gather.faces_in(tmp_path / "dark.png", detect, 128))
+        list(folders.faces_in(tmp_path / "dark.png", detect, 128))
 
 
 def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
@@ -269,34 +267,34 @@ def test_colour_profiles_are_obeyed(tmp_path):
     red = Image.new("RGB", (8, 8), (220, 20, 20))
     for name in ("a.png", "b.jpg"):
         red.save(tmp_path / name, icc_profile=wide_gamut())
-        assert media.read_photo(tmp_path / name)[4, 4] == pytest.approx([20, 220, 20], abs=6)
+        assert decode.read_photo(tmp_path / name)[4, 4] == pytest.approx([20, 220, 20], abs=6)
     red.convert("RGBA").save(tmp_path / "c.png", icc_profile=wide_gamut())
-    assert media.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
+    assert decode.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
     red.save(tmp_path / "d.png", icc_profile=b"damaged")
-    assert media.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
+    assert decode.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
     # of another mode than the picture
     red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())
-    assert np.ptp(media.read_photo(tmp_path / "e.png")[4, 4]) == 0
+    assert np.ptp(decode.read_photo(tmp_path / "e.png")[4, 4]) == 0
 
 
 def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
     Image.fromarray(face).save(tmp_path / "a.jfif", "JPEG", quality=95)
-    assert np.abs(media.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
+    assert np.abs(decode.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
     # as a phone's: one HEVC or H.264 picture
     with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=1, options={"crf": "5"})
         stream.height, stream.width, stream.pix_fmt = *face.shape[:2], "yuv420p"
         out.mux(stream.encode(av.VideoFrame.from_ndarray(face, format="rgb24")))
         out.mux(stream.encode())
-    assert np.abs(media.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
+    assert np.abs(decode.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
     exif = Image.Exif()
     exif[0x0112] = 6
     with open(tmp_path / "b.heic", "wb") as file:       # with EXIF, of which PyAV knows nothing
         Image.fromarray(face).save(file, "AVIF", quality=95, exif=exif)
-    turned, profile = media.read_still(tmp_path / "b.heic")
+    turned, profile = decode.read_still(tmp_path / "b.heic")
     assert turned.shape == (face.shape[1], face.shape[0], 3) and profile is None
     assert np.abs(turned.astype(int) - np.rot90(face, -1)).mean() < 6
     with pytest.raises(UserError, match="is a folder, and a photo is wanted"):
-        media.read_photo(tmp_path)
+        decode.read_photo(tmp_path)
     with pytest.raises(UserError, match="no file"):
-        media.read_photo(tmp_path / "none.heic")
+        decode.read_photo(tmp_path / "none.heic")

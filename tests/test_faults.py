@@ -43,12 +43,12 @@ from PIL import Image
 
 import infer
 from config import Config
-from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed,
-                      tensors, torchrun, write_clip)
+from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed, tensors,
+                      torchrun, write_clip)
 from data import Episodes, PreparedVideos, draw_landmarks, prepare
-from files import UserError
-from media import read_photo, read_video, to_rgb
+from media.decode import read_photo, read_video, to_rgb
 from model import load_checkpoint
+from runtime.files import UserError
 
 TRACK = ROOT / "assets" / "speech.npz"
 
@@ -206,7 +206,8 @@ import os, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["meta_train.py", *{TINY_FLAGS!r}, "--steps", "{steps}", "--save-every", "2",
             "--out", {out!r}]
-import files, meta_train
+import meta_train
+from runtime import files
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 train_step = meta_train.train_step
 step = 4 * restarts
@@ -438,10 +439,10 @@ sys.path[:0] = [%(root)r, %(tests)r]
 import numpy as np, torch
 from pathlib import Path
 from data import PreparedVideos
-from gather import faces_in
-from faces import landmark_detector
-from files import UserError
-from video import load_track, track_video
+from media.folders import faces_in
+from media.faces import landmark_detector
+from media.tracking import load_track, track_video
+from runtime.files import UserError
 from perceptual import read_matconvnet
 from config import Config
 from model import load_checkpoint, load_networks
@@ -507,7 +508,7 @@ def test_fuzz(slow, tmp_path, face, checkpoint):
 MEMORY = """
 import os, sys, time, threading
 sys.path.insert(0, %r)
-import files
+from runtime import files
 sys.argv = sys.argv[1:]
 import importlib
 stage = importlib.import_module(sys.argv[0][:-3])

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-import files
 from conftest import ROOT
-from files import UserError, atomic, check_paths
+from runtime import files
+from runtime.files import UserError, atomic, check_paths
 
 
 def write(path, text="new"):
@@ -83,7 +83,7 @@ def test_all_bad_inputs_are_named_at_once(tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-import files
+from runtime import files
 def main():
     {body}
 files.run(main)

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 import meta_train
+from beyond.grow import grow
+from beyond.toy import ToyHeads
 from conftest import ROOT, TINY_FLAGS, fail, networks, tensors, torchrun
 from data import Episodes, to_float, to_tensors
-from device import fast_dtype
-from files import UserError
-from grow import grow
 from model import save_checkpoint
-from toy import ToyHeads
+from runtime.device import fast_dtype
+from runtime.files import UserError
 
 
 def save(path, cfg, E, G, D):

@@ -12,11 +12,11 @@ from torchvision.models.vgg import cfgs
 import perceptual
 from conftest import PHOTO, ROOT, networks
 from data import to_float, to_uint8
-from faces import dlib_model, landmark_detector
-from files import UserError
 from losses import ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
-from media import read_photo
+from media.decode import read_photo
+from media.faces import dlib_model, landmark_detector
 from perceptual import Features, face_chips
+from runtime.files import UserError
 
 read_matconvnet = functools.cache(perceptual.read_matconvnet)
 

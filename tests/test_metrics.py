@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
-import report
 from conftest import PHOTO, ROOT
-from faces import crop, face_box, to_crop
-from media import read_photo
+from evaluation import metrics, report
+from media.decode import read_photo
+from media.faces import crop, face_box, to_crop
 
 LFW = ROOT.parent / "shared/data/lfw"
 

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from conftest import networks
-from files import UserError
 from config import Config
+from conftest import networks
 from model import (AdaBlock, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain,
                    load_checkpoint)
+from runtime.files import UserError
 
 
 def millions(module):

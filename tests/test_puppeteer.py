@@ -8,18 +8,16 @@ import pytest
 import torch
 
 import evaluate
-import face3d
 import infer
-import metrics
-import puppeteer
-import report
-from adapt import adapt, describe
+from beyond import face3d
+from beyond.adapt import adapt, describe
+from beyond.toy import ToyHeads
 from conftest import ROOT
 from data import PreparedVideos
-from files import UserError
+from evaluation import metrics, puppeteer, report
 from finetune import content_loss, learn_person
+from runtime.files import UserError
 from test_evaluate import Colours, command, prepare
-from toy import ToyHeads
 
 
 @pytest.fixture(scope="module")

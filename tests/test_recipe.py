@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-import device
 import meta_train
+from beyond.likeness import OtherPoses, other_poses
+from beyond.toy import ToyHeads
 from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
 from data import draw_landmarks, to_float
-from files import UserError
 from finetune import embed, finetune
-from likeness import OtherPoses, other_poses
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
 from model import Discriminator, load_checkpoint
-from toy import ToyHeads
+from runtime import device
+from runtime.files import UserError
 
 
 @pytest.fixture

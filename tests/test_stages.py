@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 import infer
-from conftest import PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors, write_clip
+from beyond.likeness import other_poses
+from beyond.toy import ToyHeads
+from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors,
+                      write_clip)
 from data import to_float, to_tensors
 from finetune import embed, finetune
-from likeness import other_poses
 from losses import ContentLoss
+from media.decode import read_video, to_rgb
+from media.tracking import load_track
 from model import load_checkpoint, load_person
-from toy import ToyHeads
-from video import load_track, read_video, to_rgb
 
 
 # ------------------------------------------------------------------------------------------ meta-learning

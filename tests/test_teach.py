@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-import teach
+from beyond import teach
+from beyond.toy import ToyHeads
 from conftest import TINY_FLAGS, fail, networks, succeed, tensors
 from data import Episodes, to_float, to_tensors
-from device import autocast
 from losses import ContentLoss, face_terms
 from model import load_checkpoint, load_networks
+from runtime.device import autocast
 from test_evaluate import prepare
-from toy import ToyHeads
 
 
 class Colour(nn.Module):
@@ -124,7 +124,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
     for i, head in enumerate(loaded):
         prepare(tmp_path / f"prepared/head{i}.pt", *head, file=list(range(5)), seconds=[0.] * 5)
     untouched = checkpoint.read_bytes()
-    flags = ["teach.py", "--checkpoint", checkpoint, "--steps-E", "2", "--steps-P", "2"]
+    flags = ["beyond.teach", "--checkpoint", checkpoint, "--steps-E", "2", "--steps-P", "2"]
     said = succeed(*flags, "--out", "taught.pt", cwd=tmp_path)
     assert checkpoint.read_bytes() == untouched
     gain = said.split("--psi-gain ")[1].split()[0]
@@ -156,6 +156,6 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
     fan = load_checkpoint(checkpoint)
     fan["config"] = vars(fan["config"]) | {"landmarks": "fan"}
     torch.save(fan, tmp_path / "fan.pt")
-    said = fail("teach.py", "--checkpoint", "fan.pt", "--out", "t.pt", cwd=tmp_path)
+    said = fail("beyond.teach", "--checkpoint", "fan.pt", "--out", "t.pt", cwd=tmp_path)
     assert "fan.pt trained with fan" in said
     assert "no prepared videos in nothing" in fail(*flags, "--out", "t.pt", "--data", "nothing", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""media.py, video.py, sound.py: what is read of a video, who is followed in it, what is written."""
+"""decode.py, tracking.py, encode.py, sound.py: what is read of a video, who is followed in it, what is written."""
 import io
 import shutil
 from fractions import Fraction
@@ -9,22 +9,18 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-import gather
-import faces
-import media
-import sound
-import video
 from conftest import moving, write_clip
-from files import UserError
+from media import decode, encode, faces, folders, sound, tracking
+from runtime.files import UserError
 
 
 def test_video_frames_times_and_sound_survive(tmp_path, clip):
     pts = np.array([0, 512, 1024, 1500, 2600, 2800])
     frames = [np.full((32, 48, 3), 40 * k, np.uint8) for k in range(6)]
-    video.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
-    back = list(media.read_video(tmp_path / "out.mp4"))
+    encode.write_video(tmp_path / "out.mp4", iter(frames), pts, (1, 12800), clip)
+    back = list(decode.read_video(tmp_path / "out.mp4"))
     assert [float(f.pts * f.time_base) for f in back] == pytest.approx((pts / 12800).tolist())
-    assert max(abs(media.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
+    assert max(abs(decode.to_rgb(f).astype(int) - g).mean() for f, g in zip(back, frames)) < 4
     with av.open(str(tmp_path / "out.mp4")) as a, av.open(str(clip)) as b:
         picture = a.streams.video[0].codec_context
         assert picture.name == "h264" and picture.pix_fmt == "yuv420p"
@@ -54,7 +50,7 @@ def write_sound(path, codec, rate=48000, frames=50):
 
 def test_sound_that_mp4_cannot_hold_is_encoded_anew(tmp_path):
     write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
-    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.avi")
+    encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.avi")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert sum(f.samples for f in container.decode(audio=0)) == pytest.approx(16000, abs=2048)
@@ -75,7 +71,7 @@ def test_broken_sound_does_not_cost_the_video_nor_the_sound_after_it(tmp_path, c
             rest[k + 30:k + 188] = bytes(158)
     (tmp_path / "all.ts").write_bytes(rest)
     for name in ("some.avi", "all.ts"):
-        video.write_video(tmp_path / "out.mp4", black(50), np.arange(50), (1, 25), tmp_path / name)
+        encode.write_video(tmp_path / "out.mp4", black(50), np.arange(50), (1, 25), tmp_path / name)
         with av.open(str(tmp_path / "out.mp4")) as container:
             packets = [p for p in container.demux() if p.size]
             assert sum(p.stream.type == "video" for p in packets) == 50
@@ -96,21 +92,21 @@ def test_rotation_metadata_is_honoured(tmp_path):
     turn = [0, 0x10000, 0, -0x10000 % 2 ** 32, 0, 0, 0, 0, 0x40000000]
     blob[at:at + 36] = b"".join(v.to_bytes(4, "big") for v in turn)
     (tmp_path / "a.mp4").write_bytes(blob)
-    upright = media.to_rgb(next(media.read_video(tmp_path / "a.mp4")))
+    upright = decode.to_rgb(next(decode.read_video(tmp_path / "a.mp4")))
     assert upright.shape == (64, 32, 3) and upright[:30].min() > 200 and upright[34:].max() < 50
 
 
 def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
-    track = video.track_video(clip, detect)
+    track = tracking.track_video(clip, detect)
     assert len(track.pts) == 20 and np.flatnonzero(~track.found).tolist() == [7, 8]
     assert (track.points[7] == track.points[6]).all() and (track.points[8] == track.points[6]).all()
-    video.save_track(tmp_path / "t.npz", track)
-    back = video.load_track(tmp_path / "t.npz")
+    tracking.save_track(tmp_path / "t.npz", track)
+    back = tracking.load_track(tmp_path / "t.npz")
     assert all(np.array_equal(a, b) for a, b in zip(track, back))
     assert track.seconds()[-1] == pytest.approx((9 * 512 + 10 * 768) / 12800)
-    video.save_track(tmp_path / "still.npz", track._replace(pts=np.zeros(20, np.int64)))
+    tracking.save_track(tmp_path / "still.npz", track._replace(pts=np.zeros(20, np.int64)))
     with pytest.raises(UserError, match="is not a landmark track"):
-        video.load_track(tmp_path / "still.npz")
+        tracking.load_track(tmp_path / "still.npz")
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
@@ -125,9 +121,9 @@ def test_truncated_video_is_used_as_far_as_it_goes(tmp_path, container, capsys):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         out.mux(stream.encode())
     blob = path.read_bytes()
-    assert len(list(media.read_video(path))) == 40 and capsys.readouterr().err == ""
+    assert len(list(decode.read_video(path))) == 40 and capsys.readouterr().err == ""
     path.write_bytes(blob[:len(blob) // 2])
-    assert 5 < len(list(media.read_video(path))) < 40
+    assert 5 < len(list(decode.read_video(path))) < 40
     # a .ts file does not know its length
     assert "frames could be read" in capsys.readouterr().err or container == "ts"
 
@@ -146,7 +142,7 @@ def test_frames_without_a_time_of_their_own_get_one(tmp_path):
             raw.write(bytes(packet))
     (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
     for name, count in (("raw.h264", 50), ("twice.ts", 100)):
-        times = [float(f.pts * f.time_base) for f in media.read_video(tmp_path / name)]
+        times = [float(f.pts * f.time_base) for f in decode.read_video(tmp_path / name)]
         assert len(times) == count and np.diff(times) == pytest.approx(1 / 25, abs=1e-3)
 
 
@@ -175,7 +171,7 @@ def test_the_whole_display_matrix_is_applied(tmp_path, turns, mirrored):
     write_clip(tmp_path / "a.mp4", [frame] * 3, np.arange(3) * 512, sound=False)
     matrix = np.linalg.matrix_power(-TURN.T, turns) @ (MIRROR if mirrored else np.eye(2, dtype=int))
     with_matrix(tmp_path / "a.mp4", matrix)
-    seen = media.to_rgb(next(media.read_video(tmp_path / "a.mp4")))
+    seen = decode.to_rgb(next(decode.read_video(tmp_path / "a.mp4")))
     x, y = matrix @ [-1, -1]        # where the corner goes, from the middle
     rows, columns = (np.arange(n) < n / 2 for n in seen.shape[:2])
     white = (rows if y < 0 else ~rows)[:, None] & (columns if x < 0 else ~columns)[None]
@@ -190,7 +186,7 @@ def test_a_title_in_any_alphabet(tmp_path, clip, suffix):
     blob = path.read_bytes()
     assert b"cafXX" in blob
     path.write_bytes(blob.replace(b"cafXX", b"caf\xe9 "))     # Latin-1
-    assert len(list(media.read_video(path))) == len(list(media.read_video(clip)))
+    assert len(list(decode.read_video(path))) == len(list(decode.read_video(clip)))
 
 
 @pytest.mark.parametrize("curve,signal,grey", [
@@ -209,15 +205,15 @@ def test_hdr_is_seen_as_on_a_screen(tmp_path, curve, signal, grey):
         frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range = curve, 9, 9, 1
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    frame = next(media.read_video(path))
-    seen = media.to_srgb_from_hdr(media.to_rgb(frame), frame)
+    frame = next(decode.read_video(path))
+    seen = decode.to_srgb_from_hdr(decode.to_rgb(frame), frame)
     assert seen.dtype == np.uint8 and np.abs(seen.astype(int) - grey).max() < 10  # from 8 bits
 
 
 def test_hdr_colours_of_a_clip_are_learned(tmp_path, face, detect, monkeypatch):
     write_clip(tmp_path / "a.mp4", moving(face, 2), np.arange(2) * 512, sound=False)
-    monkeypatch.setattr(gather, "to_srgb_from_hdr", lambda image, frame: image // 2)
-    learned = [crop for crop, _, _ in gather.faces_in(tmp_path / "a.mp4", detect, 64)]
+    monkeypatch.setattr(folders, "to_srgb_from_hdr", lambda image, frame: image // 2)
+    learned = [crop for crop, _, _ in folders.faces_in(tmp_path / "a.mp4", detect, 64)]
     assert len(learned) == 2 and max(crop.max() for crop in learned) < 128
 
 
@@ -225,7 +221,7 @@ def test_hdr_colours_of_a_clip_are_learned(tmp_path, face, detect, monkeypatch):
 def test_a_clip_of_any_name_is_a_clip(tmp_path, face, detect, name):
     write_clip(tmp_path / "a.mp4", moving(face, 3), np.arange(3) * 512, sound=False)
     shutil.copy(tmp_path / "a.mp4", tmp_path / name)
-    assert len(list(gather.faces_in(tmp_path / name, detect, 64, 32))) == 3
+    assert len(list(folders.faces_in(tmp_path / name, detect, 64, 32))) == 3
 
 
 def test_a_rate_that_changes_is_no_early_end(tmp_path, capsys):
@@ -239,7 +235,7 @@ def test_a_rate_that_changes_is_no_early_end(tmp_path, capsys):
             frame.pts, frame.time_base = (k if k < 60 else 60 + (k - 60) * 12), Fraction(1, 60)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    assert len(list(media.read_video(tmp_path / "a.ts"))) == 120 and capsys.readouterr().err == ""
+    assert len(list(decode.read_video(tmp_path / "a.ts"))) == 120 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name,ratio,shape", [
@@ -254,7 +250,7 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, shape):
             noise = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         out.mux(stream.encode())
-    assert media.to_rgb(next(media.read_video(tmp_path / name))).shape == (*shape, 3)
+    assert decode.to_rgb(next(decode.read_video(tmp_path / name))).shape == (*shape, 3)
 
 
 def remux(source, target, offset, kinds=("video", "audio"), **metadata):
@@ -276,9 +272,9 @@ def test_what_an_edit_list_cuts_off_is_not_counted(tmp_path, face, detect, capsy
     remux(tmp_path / "a.mp4", tmp_path / "cut.mp4", offset=-30 / 25)
     with av.open(str(tmp_path / "cut.mp4")) as container:
         assert container.streams.video[0].frames == 40                          # they are stored
-    assert media.count_frames(tmp_path / "cut.mp4") == 10
-    assert len(list(media.read_video(tmp_path / "cut.mp4"))) == 10 and capsys.readouterr().err == ""
-    assert len(list(gather.faces_in(tmp_path / "cut.mp4", detect, 64, 5))) == 5
+    assert decode.count_frames(tmp_path / "cut.mp4") == 10
+    assert len(list(decode.read_video(tmp_path / "cut.mp4"))) == 10 and capsys.readouterr().err == ""
+    assert len(list(folders.faces_in(tmp_path / "cut.mp4", detect, 64, 5))) == 5
 
 
 def box(name, body):
@@ -304,7 +300,7 @@ def test_a_cover_is_no_video(tmp_path, clip):
     add_cover(tmp_path / "a.mp4")
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert len(container.streams.video) == 2 and container.streams.video[0].codec_context.name == "mjpeg"
-    assert media.count_frames(tmp_path / "a.mp4") == len(list(media.read_video(tmp_path / "a.mp4"))) == 20
+    assert decode.count_frames(tmp_path / "a.mp4") == len(list(decode.read_video(tmp_path / "a.mp4"))) == 20
 
     with av.open(str(tmp_path / "song.mp4"), "w") as out, av.open(str(clip)) as source:
         copy = out.add_stream_from_template(source.streams.audio[0])
@@ -314,20 +310,20 @@ def test_a_cover_is_no_video(tmp_path, clip):
                 out.mux(packet)
     add_cover(tmp_path / "song.mp4")
     with pytest.raises(UserError, match="has no video in it"):
-        list(media.read_video(tmp_path / "song.mp4"))
-    assert media.count_frames(tmp_path / "song.mp4") == 0
+        list(decode.read_video(tmp_path / "song.mp4"))
+    assert decode.count_frames(tmp_path / "song.mp4") == 0
 
 
 def test_paths_are_only_paths(tmp_path, clip, detect, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("12:30.mp4", "http:x.mp4", "a%03d.mp4", "pipe:0.mp4"):
         shutil.copy(clip, name)
-        assert media.count_frames(name) == len(list(media.read_video(name))) == 20
+        assert decode.count_frames(name) == len(list(decode.read_video(name))) == 20
         assert sound.usable_sound(name) == name
-        video.write_video("out:" + name, [np.zeros((32, 32, 3), np.uint8)] * 3, np.arange(3), (1, 25), name)
-        assert len(list(media.read_video("out:" + name))) == 3
+        encode.write_video("out:" + name, [np.zeros((32, 32, 3), np.uint8)] * 3, np.arange(3), (1, 25), name)
+        assert len(list(decode.read_video("out:" + name))) == 3
     with pytest.raises(UserError, match="is a folder, and a video is wanted"):
-        list(media.read_video(tmp_path))
+        list(decode.read_video(tmp_path))
 
 
 # ---------------------------------------------------------------------------------- who is followed
@@ -360,12 +356,12 @@ def test_the_track_keeps_to_one_of_two_people(tmp_path, face, detect):
     said = []
     hidden = range(20, 30)                                                      # 0.4 s: to be waited for
     write_clip(tmp_path / "two.mp4", two_people(face, 50, hidden), np.arange(50) * 512, sound=False)
-    track = video.track_video(tmp_path / "two.mp4", detect, complain=said.append)
+    track = tracking.track_video(tmp_path / "two.mp4", detect, complain=said.append)
     first = side(track)[0]
     assert (side(track) == first).all()
     assert track.found.sum() >= (50 if first else 38)
     assert len(said) == 1 and "show others too" in said[0] and ("left", "right")[first] in said[0]
-    prepared = list(gather.faces_in(tmp_path / "two.mp4", detect, 64, complain=said.append))
+    prepared = list(folders.faces_in(tmp_path / "two.mp4", detect, 64, complain=said.append))
     assert len(prepared) == track.found.sum()
 
 
@@ -374,8 +370,8 @@ def test_another_is_chosen_after_a_second_without_the_first(tmp_path, face, dete
     for frame in frames[:20]:
         frame[:, 240:] = 128        # at first there is only the left one
     write_clip(tmp_path / "two.mp4", frames, np.arange(70) * 512, sound=False)
-    follower = video.Follower(detect)
-    track = video.follow_face(tmp_path / "two.mp4", follower, lambda k: True, False, lambda line: None)
+    follower = tracking.Follower(detect)
+    track = tracking.follow_face(tmp_path / "two.mp4", follower, lambda k: True, False, lambda line: None)
     assert track.found[:20].all() and (side(track)[:20] == 0).all()
     assert track.found[50:].all() and (side(track)[50:] == 1).all()
 
@@ -388,18 +384,18 @@ def test_after_a_cut_a_face_is_chosen_at_once(tmp_path, face, detect):
     for frame in right:
         frame[:180, 270:490] = face[20:, 10:230]
     write_clip(tmp_path / "cut.mp4", left + right, np.arange(40) * 512, sound=False)
-    track = video.track_video(tmp_path / "cut.mp4", detect)
+    track = tracking.track_video(tmp_path / "cut.mp4", detect)
     assert track.found.all() and side(track).tolist() == [0] * 20 + [1] * 20
 
 
 def test_a_video_that_lies_on_its_side_is_turned(tmp_path, face, detect):
     said = []
     write_clip(tmp_path / "a.mp4", [np.rot90(f) for f in moving(face, 20)], np.arange(20) * 512, sound=False)
-    track = video.track_video(tmp_path / "a.mp4", detect, complain=said.append)
+    track = tracking.track_video(tmp_path / "a.mp4", detect, complain=said.append)
     assert track.found.all() and track.turns == 3 and "lies on its side" in said[0]
-    assert len(list(gather.faces_in(tmp_path / "a.mp4", detect, 64, complain=said.append))) == 20
-    video.save_track(tmp_path / "t.npz", track)
-    assert np.array_equal(video.load_track(tmp_path / "t.npz").points, track.points)
+    assert len(list(folders.faces_in(tmp_path / "a.mp4", detect, 64, complain=said.append))) == 20
+    tracking.save_track(tmp_path / "t.npz", track)
+    assert np.array_equal(tracking.load_track(tmp_path / "t.npz").points, track.points)
 
 
 def test_a_faceless_intro_is_not_looked_at_with_large_copies(tmp_path, face, detect):
@@ -411,7 +407,7 @@ def test_a_faceless_intro_is_not_looked_at_with_large_copies(tmp_path, face, det
         def faces_at(self, image, side):
             looked.append(side)
             return super().faces_at(image, side)
-    track = video.track_video(tmp_path / "a.mp4", Counting())
+    track = tracking.track_video(tmp_path / "a.mp4", Counting())
     # from the first frame with a face on
     assert track.found.tolist() == [False] * 50 + [True] * 10
     assert looked.count(1024) <= 5
@@ -424,7 +420,7 @@ def test_a_faceless_intro_is_not_looked_at_with_large_copies(tmp_path, face, det
 def test_rates_that_aac_does_not_know(tmp_path, rate, nearest):
     write_sound(tmp_path / "a.mov", "pcm_s16le", rate=rate, frames=25)
     assert sound.usable_sound(tmp_path / "a.mov")
-    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.mov")
+    encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.mov")
     with av.open(str(tmp_path / "out.mp4")) as container:
         audio = container.streams.audio[0]
         assert audio.codec_context.name == "aac" and audio.rate == nearest
@@ -435,7 +431,7 @@ def test_sound_that_begins_late_is_kept(tmp_path, capsys):
     write_sound(tmp_path / "a.mp4", "aac", frames=50)
     remux(tmp_path / "a.mp4", tmp_path / "late.mp4", offset=3, kinds=["audio"])
     assert sound.usable_sound(tmp_path / "late.mp4") and not capsys.readouterr().err
-    video.write_video(tmp_path / "out.mp4", black(150), np.arange(150), (1, 25), tmp_path / "late.mp4")
+    encode.write_video(tmp_path / "out.mp4", black(150), np.arange(150), (1, 25), tmp_path / "late.mp4")
     with av.open(str(tmp_path / "out.mp4")) as container:
         first = next(p for p in container.demux(audio=0) if p.size)
         assert float(first.pts * first.time_base) == pytest.approx(3, abs=0.1)
@@ -444,7 +440,7 @@ def test_sound_that_begins_late_is_kept(tmp_path, capsys):
 def test_mp3_that_mp4_does_not_know_is_encoded_anew(tmp_path):
     write_sound(tmp_path / "a.mkv", "libmp3lame", rate=11025, frames=25)
     assert sound.usable_sound(tmp_path / "a.mkv")
-    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.mkv")
+    encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.mkv")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
 
@@ -457,8 +453,8 @@ def test_sound_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys, mon
     monkeypatch.setattr(sound, "add_aac", fail)
     assert sound.usable_sound(tmp_path / "a.avi") is None
     assert "left out" in capsys.readouterr().err
-    video.write_video(tmp_path / "out.mp4", black(5), np.arange(5), (1, 25), None)
-    assert len(list(media.read_video(tmp_path / "out.mp4"))) == 5
+    encode.write_video(tmp_path / "out.mp4", black(5), np.arange(5), (1, 25), None)
+    assert len(list(decode.read_video(tmp_path / "out.mp4"))) == 5
 
 
 def test_the_default_sound_is_taken(tmp_path):
@@ -477,7 +473,7 @@ def test_the_default_sound_is_taken(tmp_path):
             note.rate, note.pts = 16000, 0
             out.mux(stream.encode(note))
             out.mux(stream.encode())
-    video.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "two.mkv")
+    encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "two.mkv")
     with av.open(str(tmp_path / "out.mp4")) as container:
         heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     crossings = (np.diff(np.sign(heard[4000:12000])) != 0).mean()
@@ -503,14 +499,14 @@ def test_the_result_starts_at_0_with_its_sound_in_step(tmp_path, name, codec):
             out.mux(audio.encode(note))
         out.mux(picture.encode())
         out.mux(audio.encode())
-    frames = list(media.read_video(tmp_path / name))
+    frames = list(decode.read_video(tmp_path / name))
     pts = np.array([f.pts for f in frames])
     time_base = frames[0].time_base.as_integer_ratio()
-    pictures = [np.ascontiguousarray(media.to_rgb(f)) for f in frames]
-    video.write_video(tmp_path / "out.mp4", pictures, pts, time_base, tmp_path / name)
-    back = list(media.read_video(tmp_path / "out.mp4"))
+    pictures = [np.ascontiguousarray(decode.to_rgb(f)) for f in frames]
+    encode.write_video(tmp_path / "out.mp4", pictures, pts, time_base, tmp_path / name)
+    back = list(decode.read_video(tmp_path / "out.mp4"))
     assert back[0].pts == 0 and float(back[-1].pts * back[-1].time_base) == pytest.approx(49 / 25, abs=0.01)
-    white = next(float(f.pts * f.time_base) for f in back if media.to_rgb(f).mean() > 128)
+    white = next(float(f.pts * f.time_base) for f in back if decode.to_rgb(f).mean() > 128)
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.duration / av.time_base < 2.2
         loud = next(float(f.pts * f.time_base) + np.argmax(np.abs(f.to_ndarray()[0]) > 0.05) / f.sample_rate

@@ -13,18 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from adapt import adapt, describe
+from beyond.adapt import adapt, describe
+from beyond.face3d import load_face3d
 from data import draw_landmarks
-from face3d import load_face3d
-from files import UserError, atomic
+from evaluation.metrics import change, crossed, likeness, mean_people, movements
+from evaluation.protocol import find_videos, person
+from evaluation.report import (SOURCE, as_numbers, csim_title, markdown, mean, number, of_the_way,
+                               read_scores, read_strip, share, write_scores, write_sheet, write_strip)
 from finetune import EPOCHS, learn_person
-from gather import CLIPS, evenly, is_system
 from infer import is_track, read_driver, render
-from metrics import change, crossed, likeness, mean_people, movements
-from protocol import find_videos, person
-from report import (SOURCE, as_numbers, csim_title, markdown, mean, number, of_the_way, read_scores,
-                    read_strip, share, write_scores, write_sheet, write_strip)
-from video import Track, read_crops
+from media.folders import CLIPS, evenly, is_system
+from media.tracking import Track, read_crops
+from runtime.files import UserError, atomic
 
 MOTIONS = "paper", "absolute", "relative"
 FRAMES = 20     # of a driver, evenly spread: for all figures but steadiness

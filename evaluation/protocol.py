@@ -5,9 +5,9 @@ import re
 import numpy as np
 import torch
 
+from beyond.toy import ToyHeads
 from data import PreparedVideos
-from files import UserError, warn
-from toy import ToyHeads
+from runtime.files import UserError, warn
 
 GAP = 1.0  # seconds at least between what is learned from and what is held out
 

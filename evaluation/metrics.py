@@ -5,10 +5,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beyond.face3d import LIPS, fit
 from data import to_float
-from face3d import LIPS, fit
-from faces import dlib_model, five_points
-from files import UserError
+from media.faces import dlib_model, five_points
+from runtime.files import UserError
 
 STILL = 1e-6  # a smaller deviation is rounding, in eye distances or radians
 SIDE = 256  # smaller frames are enlarged to this many pixels before a face is looked for

@@ -1,6 +1,6 @@
 """Ours, beside the paper: E is taught who people are, and P to read it, by dlib's recognition network.
 
-    python teach.py --data prepared --checkpoint runs/small/step-8100.pt --out runs/taught.pt
+    python -m beyond.teach --data prepared --checkpoint runs/small/step-8100.pt --out runs/taught.pt
     python meta_train.py ... --grow-from runs/taught.pt --psi-gain N --fix-embedder --face 10 --face-vector 6
 
 In meta-learning all that E hears of people comes through P, G and a content loss, from few pictures a
@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from data import Episodes, PreparedVideos, check_landmarks
-from device import autocast, default_device
-from files import check_least, check_paths, make_parser, run
 from losses import FACE_WEIGHT, ContentLoss
 from meta_train import batches
 from model import load_checkpoint, load_networks, save_checkpoint
+from runtime.device import autocast, default_device
+from runtime.files import check_least, check_paths, make_parser, run
 
 TEACH_BETAS = (0.9, 0.99)       # nothing adversarial here
 LR_E, LR_P = 1e-3, 5e-4

@@ -6,8 +6,8 @@
 """
 import io
 
-from files import warn
-from media import Clock, main_audio, open_media
+from media.decode import Clock, main_audio, open_media
+from runtime.files import warn
 
 COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
 PREROLL = 0.1   # seconds before the start that a decoder may need, and that players do not play

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adapt import describe, random_poses
+from beyond.adapt import describe, random_poses
+from beyond.face3d import load_face3d
 from data import landmark_images
-from device import autocast
-from face3d import load_face3d
+from runtime.device import autocast
 
 LIKENESS_WEIGHT = 20.0
 POSES = 2       # drawn in every step

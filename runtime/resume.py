@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from files import UserError, atomic, save_tensors, warn
 from model import load_checkpoint, save_checkpoint
+from runtime.files import UserError, atomic, save_tensors, warn
 
 COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from files import UserError, warn
+from runtime.files import UserError, warn
 
 
 def open_media(path, mode="r", **options):

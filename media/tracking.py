@@ -1,21 +1,18 @@
-"""Videos: following a face through them, and writing an mp4 with the driver's sound.
+"""Following one face through a video: its landmarks in every frame, and the files that keep them.
 
     track = track_video("v.mp4", landmark_detector("dlib"))     # the landmarks of every frame
-    write_video("result.mp4", frames, track.pts, track.time_base, sound_from="v.mp4")
 """
 import math
 from array import array
-from fractions import Fraction
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from faces import NEARLY, SURE, TURNED, crop, overlap, steady_boxes, to_crop, which_face, where
-from files import UserError, atomic, warn
-from media import open_media, read_video, to_rgb
-from sound import Sound
+from media.decode import read_video, to_rgb
+from media.faces import NEARLY, SURE, TURNED, crop, overlap, steady_boxes, to_crop, which_face, where
+from runtime.files import UserError, atomic, warn
 
 # ----------------------------------------------------------------------------------------------- tracks
 
@@ -224,43 +221,3 @@ def read_crops(path, track, wanted, size):
         if k in wanted:
             crops[k] = crop(np.rot90(to_rgb(frame), track.turns), boxes[k], size)
     return crops
-
-
-# ---------------------------------------------------------------------------------------------- writing
-
-SUFFIXES = ("", ".mp4", ".m4v", ".mov")     # of what write_video writes
-
-
-def write_video(path, frames, pts, time_base, sound_from=None):
-    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
-
-    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is taken (sound.py);
-    it moves by as much as the pictures. UserError where it cannot be written.
-    """
-    import av
-    base = Fraction(*map(int, time_base))
-    start = int(pts[0]) * base
-    pts = pts - pts[0]
-    rate = Fraction(25)
-    if len(pts) > 1:
-        rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001)
-    options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
-    with atomic(path) as temporary:
-        try:
-            with open_media(temporary, "w", format="mp4", options=options) as out:
-                stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
-                with Sound(sound_from, out, start) as sound:
-                    for k, (frame, stamp) in enumerate(zip(frames, pts, strict=True)):
-                        if k == 0:      # size and format must be set before the first packet is written
-                            stream.height, stream.width = frame.shape[:2]
-                            stream.pix_fmt = "yuv420p"
-                            stream.codec_context.time_base = base
-                        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                        picture.pts, picture.time_base = int(stamp), base
-                        sound.write_until(int(stamp) * base)    # interleaved: memory stays flat
-                        out.mux(stream.encode(picture))
-                    out.mux(stream.encode())
-                    sound.write_until(math.inf)
-        except av.FFmpegError as e:
-            raise OSError(e.errno, e.strerror or str(e)) from None

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data import MIRRORED
-from files import UserError
+from runtime.files import UserError
 
-FACE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "face3d.npz")
+FACE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "face3d.npz")
 
 # where a face opens: 4 pairs of points on upper and lower lids, 3 on the inner lips
 UPPER, LOWER = np.array([37, 38, 43, 44, 61, 62, 63]), np.array([41, 40, 47, 46, 67, 66, 65])

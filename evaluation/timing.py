@@ -4,12 +4,12 @@ import time
 
 import torch
 
+from beyond.likeness import other_poses
 from data import to_float, to_tensors
-from device import fast_dtype
+from evaluation.report import AFTER, FF
 from finetune import EPOCHS, embed, finetune
-from likeness import other_poses
 from model import load_networks
-from report import AFTER, FF
+from runtime.device import fast_dtype
 
 PAPER = {  # Table 2, seconds
     (FF, 1): 0.061, (FF, 8): 0.138, (FF, 32): 0.221,

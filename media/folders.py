@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from faces import (TURNED, crop, face_box, inside, landmark_detector, steady_boxes, to_crop, upright,
-                   which_face, words_on_choice)
-from files import UserError, save_tensors, warn
-from media import count_frames, read_photo, read_video, to_rgb, to_srgb_from_hdr
-from video import track_video
+from media.decode import count_frames, read_photo, read_video, to_rgb, to_srgb_from_hdr
+from media.faces import (TURNED, crop, face_box, inside, landmark_detector, steady_boxes, to_crop, upright,
+                         which_face, words_on_choice)
+from media.tracking import track_video
+from runtime.files import UserError, save_tensors, warn
 
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".bmp",
           ".tif", ".tiff", ".gif"}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from files import UserError
+from runtime.files import UserError
 
 SURE = 0.5      # a face of this score is hardly ever a false one (dlib's scale: most faces have 1 to 3)
 NEARLY = 0.4    # of the surest one's score: faces that the detector is nearly as sure of

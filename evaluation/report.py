@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import UserError, atomic
-from metrics import fid, fid_statistics, frechet, mean_people, rank
+from evaluation.metrics import fid, fid_statistics, frechet, mean_people, rank
+from runtime.files import UserError, atomic
 
 SOURCE, REAL, COPY, NEAREST = "source", "real frame", "copy of the source", "nearest source frame"
 FF, BEFORE, AFTER = "Ours-FF", "Ours-FT before fine-tuning", "Ours-FT"
@@ -312,7 +312,7 @@ def user_study(folder, out, people, shots, seed):
     if not triplets:
         raise UserError("a user study needs 3 frames of a person: ask for more with --holdout or --shots")
     rng.shuffle(triplets)
-    page = (Path(__file__).parent / "assets" / "user_study.html").read_text()
+    page = (Path(__file__).parent.parent / "assets" / "user_study.html").read_text()
     with atomic(f"{folder}/index.html") as temporary:
         Path(temporary).write_text(page.replace("/*TRIPLETS*/", json.dumps(triplets)))
     print(f"wrote {folder}/index.html: {len(triplets)} triplets; open it in a browser")

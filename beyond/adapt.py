@@ -1,6 +1,6 @@
 """Someone else drives: the source's face under the driver's motion.
 
-    python adapt.py --data prepared --out weights/face3d.npz    # makes the bundled file in a few minutes
+    python -m beyond.adapt --data prepared --out weights/face3d.npz   # makes the bundled file in a few minutes
 
 The paper feeds the driver's landmarks as they are, and names the limit itself: "lack of landmark
 adaptation ... leads to a noticeable personality mismatch". This goes beyond it, with the linear 3-D face
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from beyond.face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings,
+                           project, rotation, shapes)
 from data import PreparedVideos
-from face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings,
-                    project, rotation, shapes)
-from faces import face_box, shots
-from files import UserError, atomic, check_paths, make_parser, run, warn
+from media.faces import face_box, shots
+from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
 
 CLIP = 4                            # the frames of a clip are worth so many independent photos
 TURN = np.radians([50, 30])         # relative motion brings no head beyond this yaw and pitch

@@ -28,7 +28,8 @@ def run(main):
         return result
     except UserError as e:
         # one that was raised in a loader's worker comes with that worker's traceback before it
-        message = "error: " + str(e).strip().splitlines()[-1].removeprefix("files.UserError: ")
+        name = f"{UserError.__module__}.UserError: "
+        message = "error: " + str(e).strip().splitlines()[-1].removeprefix(name)
         code = 2
     except KeyboardInterrupt:
         message = "stopped"

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from data import to_float, to_tensors
-from files import UserError
 from model import load_checkpoint
+from runtime.files import UserError
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""Writing an mp4 with the driver's sound.
+
+    write_video("result.mp4", frames, track.pts, track.time_base, sound_from="v.mp4")
+"""
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from media.decode import open_media
+from media.sound import Sound
+from runtime.files import atomic
+
+SUFFIXES = ("", ".mp4", ".m4v", ".mov")     # of what write_video writes
+
+
+def write_video(path, frames, pts, time_base, sound_from=None):
+    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
+
+    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
+    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is taken (sound.py);
+    it moves by as much as the pictures. UserError where it cannot be written.
+    """
+    import av
+    base = Fraction(*map(int, time_base))
+    start = int(pts[0]) * base
+    pts = pts - pts[0]
+    rate = Fraction(25)
+    if len(pts) > 1:
+        rate = Fraction(1 / float(np.median(np.diff(pts)) * base)).limit_denominator(1001)
+    options = {"movflags": "faststart", "video_track_timescale": str(base.denominator)}
+    with atomic(path) as temporary:
+        try:
+            with open_media(temporary, "w", format="mp4", options=options) as out:
+                stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
+                with Sound(sound_from, out, start) as sound:
+                    for k, (frame, stamp) in enumerate(zip(frames, pts, strict=True)):
+                        if k == 0:      # size and format must be set before the first packet is written
+                            stream.height, stream.width = frame.shape[:2]
+                            stream.pix_fmt = "yuv420p"
+                            stream.codec_context.time_base = base
+                        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                        picture.pts, picture.time_base = int(stamp), base
+                        sound.write_until(int(stamp) * base)    # interleaved: memory stays flat
+                        out.mux(stream.encode(picture))
+                    out.mux(stream.encode())
+                    sound.write_until(math.inf)
+        except av.FFmpegError as e:
+            raise OSError(e.errno, e.strerror or str(e)) from None

@@ -1,0 +1,1 @@
+"""What every command stands on: checked files and paths, the device, saving and resuming a run."""
