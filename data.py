@@ -14,15 +14,19 @@ import hashlib
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
 
 from config import Config
+from media.faces import MIRRORED
 from media.folders import prepare
 from runtime.files import UserError, make_parser, run, warn
+from runtime.resume import worker_signals
 
 # ------------------------------------------------------------------------------------------- landmarks
 
@@ -238,13 +242,6 @@ def warp(rng, frames, points):
     return np.stack(warped), np.stack(moved)
 
 
-MIRRORED = np.r_[                                   # which point a mirrored face has in each place
-    16:-1:-1, 26:16:-1,                             # jaw, brows
-    27:31, 35:30:-1,                                # nose
-    45:41:-1, 47, 46, 39:35:-1, 41, 40,             # eyes
-    54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]         # outer lips, inner lips
-
-
 def recolour_and_mirror(rng, frames, points):
     """Gamma and tint, the same for all frames; half of the episodes mirrored (not in the paper)."""
     gamma = 2 ** (rng.uniform(-.5, .5) + rng.uniform(-.15, .15, 3))
@@ -280,6 +277,20 @@ def to_uint8(images):
     """Float tensor (..., 3, S, S) in [-1, 1] -> uint8 array (..., S, S, 3)."""
     levels = (images.float().clamp(-1, 1) + 1) * 127.5
     return levels.round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def batches(episodes, start, steps, device):
+    """Yield (row (B,), x, y (B, K+1, 3, S, S) in [-1, 1], seconds waited) for the steps from `start` on."""
+    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    slots = episodes.slots
+    loader = DataLoader(episodes, slots, sampler=range(start * slots, steps * slots),
+                        num_workers=min(8, max(1, cores - 1)), pin_memory=device.type == "cuda",
+                        worker_init_fn=worker_signals)
+    began = time.time()
+    for row, x, y in loader:                                    # x, y uint8
+        waited = time.time() - began
+        yield row.to(device), to_float(x, device), to_float(y, device), waited
+        began = time.time()
 
 
 # ---------------------------------------------------------------------------------------- the command

@@ -6,7 +6,7 @@
     python evaluate.py ... --user-study study                              # study/index.html, to be clicked
     python evaluate.py --toy                                               # drawn heads, without any data
     python evaluate.py --toy --timing                                      # Table 2 instead
-    python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead, by evaluation/puppeteer.py
+    python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead: evaluation.puppeteer
 
 For every video of people that the checkpoint has not seen: learn from T frames, draw the 32 hold-out
 frames from their own landmarks (infer.py's --motion paper), compare with the true ones. A prepared folder
@@ -42,7 +42,8 @@ from evaluation.puppeteer import find_drivers, open_driver, puppeteer
 from evaluation.report import (AFTER, BEFORE, COPY, FF, NEAREST, REAL, SOURCE, key, report, user_study,
                                write_scores, write_strip, write_vectors)
 from evaluation.timing import timing
-from finetune import CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person, load_for_finetuning
+from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, finetune, learn_person,
+                      load_for_finetuning)
 from infer import render
 from losses import FACE_WEIGHT, ContentLoss
 from media.faces import landmark_detector
@@ -72,6 +73,16 @@ class Setup(NamedTuple):
     device: str
 
 
+def learn(state, photos, setup, epochs, **switches):
+    """Fine-tune a checkpoint on a person's photos -> draw(points), which makes frames of the person.
+
+    photos, epochs, switches: as for learn_person().  draw: landmarks (n, 68, 2) -> uint8 (n, S, S, 3).
+    """
+    G, psi, _ = learn_person(state, photos, setup.content, epochs, setup.device, progress=False, **switches)
+    size = state["config"].image_size
+    return lambda points: np.stack(list(render(G, psi, points, size, progress=False)))
+
+
 def methods(setup, T, source, truth):
     """Learn from the first T frames of `source`, then draw the n hold-out frames by every method.
 
@@ -90,10 +101,8 @@ def methods(setup, T, source, truth):
     photos = list(zip(frames[:, None], points[:, None]))        # every frame counts as a photo
 
     def ours(state, epochs=EPOCHS, **switches):
-        G, psi, _ = learn_person(state, photos, setup.content, epochs, setup.device, progress=False,
-                                 **switches)
-        size = state["config"].image_size
-        return np.stack(list(render(G, psi, truth[1], size, progress=False))), truth[1]
+        draw = learn(state, photos, setup, epochs, **switches)
+        return draw(truth[1]), truth[1]
 
     if setup.ff_state:
         yield FF, *ours(setup.ff_state, epochs=0)
@@ -264,7 +273,7 @@ def main():
     content = content_loss(args, config, face=0.0 if args.toy else FACE_WEIGHT).to(device)
     if args.timing:
         frames, points = data.load(0, lambda count: range(min(count, max(args.shots))))
-        print(timing(state, content, frames, points, args.shots, device))
+        print(timing(state, content, frames, points, args.shots, device, finetune, EPOCHS))
         return
     network = inception(args.inception, device) if args.inception else None
     if args.recognition:
@@ -282,7 +291,8 @@ def main():
     # (2) the videos, one by one
     chosen, videos = write_protocol(args, data, content, device), find_videos(data)
     if drivers:
-        puppeteer(out, data, chosen, drivers, setup, judge, trained_on)
+        fine_tuned = lambda photos: learn(state, photos, setup, EPOCHS)
+        puppeteer(out, data, chosen, drivers, setup, fine_tuned, judge, trained_on)
         return
     for name in tqdm(chosen, "evaluating", unit=" videos"):
         if not (out / name / "scores.csv").exists():

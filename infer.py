@@ -25,7 +25,7 @@ from media.encode import SUFFIXES, write_video
 from media.faces import landmark_detector
 from media.folders import evenly
 from media.sound import usable_sound
-from media.tracking import load_track, read_crops, save_track, track_video
+from media.tracking import is_track, read_crops, read_driver, save_track
 from model import load_checkpoint, load_person
 from runtime.device import default_device, fast_dtype
 from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
@@ -47,26 +47,6 @@ def render(G, psi, points, size, source=None, progress=True):
             left = np.broadcast_to(to_uint8(source), frames.shape)
             frames = np.concatenate([left, to_uint8(y), frames], axis=2)                    # (B, S, 3S, 3)
         yield from frames
-
-
-def read_driver(path, config, detect):
-    """A video or a saved track (.npz) -> Track, with a word on what is not as it should be."""
-    if is_track(path):
-        track = load_track(path)
-        if track.detector != config.landmarks:
-            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with "
-                 f"{config.landmarks}")
-    else:
-        track = track_video(path, detect, progress=True)
-    missed = len(track.found) - int(track.found.sum())
-    if missed:
-        print(f"no face in {missed} of {len(track.found)} frames of {path}: "
-              "they repeat the landmarks before them, or the first ones")
-    return track
-
-
-def is_track(path):
-    return path.lower().endswith(".npz")
 
 
 # ------------------------------------------------------------------------------------- who drives whom
@@ -189,7 +169,7 @@ def main():
     if source is None and (args.views or motion in ("relative", "absolute")):
         raise UserError(f"{args.person} is of before --motion and lacks what it needs: --motion paper")
     if args.driver:
-        track = read_driver(args.driver, config, detect)
+        track = read_driver(args.driver, config.landmarks, detect)
         sound_from = usable_sound(args.driver) if video else None
         if args.save_track:
             save_track(args.save_track, track)

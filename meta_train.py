@@ -11,7 +11,6 @@ its content loss needs --vgg19 and --vggface, without which it is another (losse
 import copy
 import math
 import os
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,19 +19,18 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader
 
 from beyond.grow import grow
 from beyond.toy import ToyHeads
 from config import Config
-from data import Episodes, PreparedVideos, to_float, to_uint8
+from data import Episodes, PreparedVideos, batches, to_float, to_uint8
 from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
                     match_loss)
 from model import Discriminator, Embedder, Generator
 from runtime.device import autocast
 from runtime.files import UserError, atomic, check_least, check_paths, make_parser, run
 from runtime.resume import (Log, Signals, Training, any_rank, check_finite, clear, find_ranks, join_ranks,
-                            open_run, restore, save_step, worker_signals)
+                            open_run, restore, save_step)
 
 LOG_EVERY = 50
 TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,
@@ -239,20 +237,6 @@ def make_networks(config, rows, seed, rank, device):
     torch.manual_seed(seed + 1 + rank)  # only now do the ranks part
     D.reset_rows()
     return E, G, D
-
-
-def batches(episodes, start, steps, device):
-    """Yield (row (B,), x, y (B, K+1, 3, S, S) in [-1, 1], seconds waited) for the steps from `start` on."""
-    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    slots = episodes.slots
-    loader = DataLoader(episodes, slots, sampler=range(start * slots, steps * slots),
-                        num_workers=min(8, max(1, cores - 1)), pin_memory=device.type == "cuda",
-                        worker_init_fn=worker_signals)
-    began = time.time()
-    for row, x, y in loader:                                    # x, y uint8
-        waited = time.time() - began
-        yield row.to(device), to_float(x, device), to_float(y, device), waited
-        began = time.time()
 
 
 def main():

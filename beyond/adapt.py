@@ -1,7 +1,5 @@
 """Someone else drives: the source's face under the driver's motion.
 
-    python -m beyond.adapt --data prepared --out weights/face3d.npz   # makes the bundled file in a few minutes
-
 The paper feeds the driver's landmarks as they are, and names the limit itself: "lack of landmark
 adaptation ... leads to a noticeable personality mismatch". This goes beyond it, with the linear 3-D face
 of face3d.py. Its coefficients z are who somebody is plus what the face is doing; how they vary between
@@ -12,11 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beyond.face3d import (FACE, LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, learn, openings,
-                           project, rotation, shapes)
-from data import PreparedVideos
+from beyond.face3d import (LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, openings, project,
+                           rotation, shapes)
 from media.faces import face_box, shots
-from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
 
 CLIP = 4                            # the frames of a clip are worth so many independent photos
 TURN = np.radians([50, 30])         # relative motion brings no head beyond this yaw and pitch
@@ -201,40 +197,3 @@ def views(source, face, yaws):
     box = face_box(points)[:, None]
     frame = box[:1]                                         # of the photo as it is
     return ((points - box[..., :2]) * (frame[..., 2:] / box[..., 2:]) + frame[..., :2])[1:]
-
-
-# --------------------------------------------------------------------------------------------- command
-
-def read_people(folder, most=32):
-    """The landmarks of a prepared folder's sequences, at most so many frames of each, evenly spread."""
-    videos, people = PreparedVideos(folder), []
-    for i in range(len(videos)):
-        try:
-            points = videos.landmarks(i)
-        except UserError as e:
-            warn(e)
-            continue
-        chosen = np.linspace(0, len(points) - 1, min(len(points), most)).round().astype(int)
-        people.append(points[chosen])
-    return people
-
-
-def main():
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--data", default="prepared", metavar="DIR", help="a prepared folder (default: prepared)")
-    add("--out", default=FACE, metavar="FILE", help="(default: the bundled weights/face3d.npz)")
-    args = parser.parse_args()
-    check_paths([], [args.out])
-    people = read_people(args.data)
-    frames = sum(map(len, people))
-    if len(people) < 30 or frames < 300:
-        raise UserError(f"{args.data} has {frames} frames of {len(people)} people: 300 of 30 are needed")
-    face = learn(people, say=print)
-    with atomic(args.out) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **{name: np.float32(part) for name, part in face._asdict().items()})
-    print(f"wrote {args.out}: from {frames} frames of {len(people)} people")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,7 +1,9 @@
 """A linear 3-D face of the 68 landmarks, learned from 2-D points by non-rigid structure from motion.
 
-    face = load_face3d()                    # weights/face3d.npz, made by adapt.py
+    face = load_face3d()                    # weights/face3d.npz
     f = fit(points, face)                   # of every frame: pose, coefficients z, openings, rest
+
+    python -m beyond.face3d --data prepared --out weights/face3d.npz    # makes that file in a few minutes
 
 A face that a camera sees from afar is
 
@@ -16,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import MIRRORED
-from runtime.files import UserError
+from data import PreparedVideos
+from media.faces import MIRRORED
+from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
 
 FACE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "face3d.npz")
 
@@ -234,4 +237,41 @@ def load_face3d(path=FACE):
             raise ValueError("its arrays are not those of a face")
         return face
     except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
-        raise UserError(f"{path} is not a 3-D face of adapt.py ({e})") from None
+        raise UserError(f"{path} is not a 3-D face of beyond.face3d ({e})") from None
+
+
+# --------------------------------------------------------------------------------------------- command
+
+def read_people(folder, most=32):
+    """The landmarks of a prepared folder's sequences, at most so many frames of each, evenly spread."""
+    videos, people = PreparedVideos(folder), []
+    for i in range(len(videos)):
+        try:
+            points = videos.landmarks(i)
+        except UserError as e:
+            warn(e)
+            continue
+        chosen = np.linspace(0, len(points) - 1, min(len(points), most)).round().astype(int)
+        people.append(points[chosen])
+    return people
+
+
+def main():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="prepared", metavar="DIR", help="a prepared folder (default: prepared)")
+    add("--out", default=FACE, metavar="FILE", help="(default: the bundled weights/face3d.npz)")
+    args = parser.parse_args()
+    check_paths([], [args.out])
+    people = read_people(args.data)
+    frames = sum(map(len, people))
+    if len(people) < 30 or frames < 300:
+        raise UserError(f"{args.data} has {frames} frames of {len(people)} people: 300 of 30 are needed")
+    face = learn(people, say=print)
+    with atomic(args.out) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **{name: np.float32(part) for name, part in face._asdict().items()})
+    print(f"wrote {args.out}: from {frames} frames of {len(people)} people")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -18,9 +18,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from data import Episodes, PreparedVideos, check_landmarks
+from data import Episodes, PreparedVideos, batches, check_landmarks
 from losses import FACE_WEIGHT, ContentLoss
-from meta_train import batches
 from model import load_checkpoint, load_networks, save_checkpoint
 from runtime.device import autocast, default_device
 from runtime.files import check_least, check_paths, make_parser, run

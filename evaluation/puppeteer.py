@@ -20,10 +20,8 @@ from evaluation.metrics import change, crossed, likeness, mean_people, movements
 from evaluation.protocol import find_videos, person
 from evaluation.report import (SOURCE, as_numbers, csim_title, markdown, mean, number, of_the_way,
                                read_scores, read_strip, share, write_scores, write_sheet, write_strip)
-from finetune import EPOCHS, learn_person
-from infer import is_track, read_driver, render
 from media.folders import CLIPS, evenly, is_system
-from media.tracking import Track, read_crops
+from media.tracking import Track, is_track, read_crops, read_driver
 from runtime.files import UserError, atomic
 
 MOTIONS = "paper", "absolute", "relative"
@@ -69,7 +67,7 @@ def find_drivers(folder):
 def open_driver(path, setup):
     """A video or a saved track -> Driver."""
     config = setup.state["config"]
-    size, track = config.image_size, read_driver(path, config, setup.detect)
+    size, track = config.image_size, read_driver(path, config.landmarks, setup.detect)
     points = track.in_crops(size)
     chosen = evenly(np.flatnonzero(track.found).tolist(), FRAMES)
     shown = [draw_landmarks(points[k], size) for k in evenly(chosen, SHOWN)]
@@ -117,14 +115,13 @@ def other_drivers(drivers, name, someone, strangers, same):
 
 # ----------------------------------------------------------------------------------------- one person
 
-def drive(folder, name, someone, drivers, everyone, setup):
+def drive(folder, name, someone, drivers, everyone, setup, learn):
     """One person, driven by every driver with every motion, into its folder; at last puppets.csv."""
     # (1) the person is learned once
     config, face = setup.state["config"], load_face3d()
     photos = list(zip(someone.frames[:, None], someone.points[:, None]))    # every frame counts as one
-    G, psi, _ = learn_person(setup.state, photos, setup.content, EPOCHS, setup.device, progress=False)
+    draw = learn(photos)
     source = describe([points for _, points in photos], face)
-    draw = lambda points: np.stack(list(render(G, psi, points, config.image_size, progress=False)))
 
     # (2) and driven
     k, faces = list(everyone).index(someone.who), np.stack(list(everyone.values()))
@@ -148,10 +145,12 @@ def drive(folder, name, someone, drivers, everyone, setup):
 
 # ------------------------------------------------------------------------------------------ all of them
 
-def puppeteer(out, data, chosen, drivers, setup, judge, trained_on):
+def puppeteer(out, data, chosen, drivers, setup, learn, judge, trained_on):
     """The whole experiment. chosen: of protocol.draw_protocol.  drivers: [Driver].
 
     setup: evaluate.Setup.  judge, trained_on: as in report.table().
+    learn(photos): fine-tunes on a person's photos, and returns draw(points), a function that turns landmarks
+    (n, 68, 2) into frames of the person, uint8 (n, S, S, 3).
     """
     people = open_people(data, chosen, setup.recognise)
     strangers, same = anchors(people)
@@ -161,7 +160,7 @@ def puppeteer(out, data, chosen, drivers, setup, judge, trained_on):
     for name, someone in tqdm(people.items(), "puppeteering", unit=" people"):
         if not (out / name / "puppets.csv").exists():
             others = other_drivers(drivers, name, someone, strangers, same)
-            drive(out / name, name, someone, others, everyone, setup)
+            drive(out / name, name, someone, others, everyone, setup, learn)
         rows += read_scores(out / name / "puppets.csv")
     if not rows:
         raise UserError("every driver seems to be the person whom it drives: name clips of others")

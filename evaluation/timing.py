@@ -7,7 +7,6 @@ import torch
 from beyond.likeness import other_poses
 from data import to_float, to_tensors
 from evaluation.report import AFTER, FF
-from finetune import EPOCHS, embed, finetune
 from model import load_networks
 from runtime.device import fast_dtype
 
@@ -31,10 +30,11 @@ def median_seconds(function, repeats):
     return statistics.median(seconds[1:])
 
 
-def timing(state, content, frames, points, shots, device):
+def timing(state, content, frames, points, shots, device, finetune, epochs):
     """Table 2 in markdown: seconds of few-shot learning and of a frame.
 
     frames uint8 (n, S, S, 3), points (n, 68, 2): repeated up to T frames.
+    finetune, epochs: finetune.finetune() and its number of epochs.
     """
     x, y = (to_float(part, device) for part in to_tensors(frames, points))      # (n, 3, S, S)
     config, name = state["config"], device
@@ -46,22 +46,23 @@ def timing(state, content, frames, points, shots, device):
     lines = [head, "|---|---|---|"]
 
     # few-shot learning
-    for method, epochs, repeats in ((FF, 0, 20), (AFTER, EPOCHS, 3)):
+    for method, passes, repeats in ((FF, 0, 20), (AFTER, epochs, 3)):
         for T in shots:
             nets, pick = load_networks(state), torch.arange(T) % len(x)
 
             def learn():
-                others = other_poses(x[pick], list(points[pick, None]), content) if epochs else None
-                finetune(*nets, x[pick], y[pick], config, content, epochs=epochs, others=others)
+                others = other_poses(x[pick], list(points[pick, None]), content) if passes else None
+                finetune(*nets, x[pick], y[pick], config, content, epochs=passes, others=others)
             paper = f"{PAPER[method, T]} s" if (method, T) in PAPER else ""
             seconds = median_seconds(learn, repeats)
             lines.append(f"| few-shot learning, {method} ({T}) | {seconds:.3f} s | {paper} |")
 
     # a frame, as in infer.render
-    E, G, _ = load_networks(state)
-    dtype, psi = fast_dtype(device), G.project(embed(E, x[:1], y[:1])[None]).detach()
+    E, G, D = load_networks(state)
+    psi, *_ = finetune(E, G, D, x[:1], y[:1], config, content, epochs=0)
+    dtype = fast_dtype(device)
     G = G.fold().to(dtype=dtype, memory_format=torch.channels_last)
     picture = y[:1].to(dtype)
     with torch.inference_mode():
-        seconds = median_seconds(lambda: G.render(picture, psi), 50)
+        seconds = median_seconds(lambda: G.render(picture, psi[None]), 50)
     return "\n".join(lines + [f"| a frame | {seconds:.4f} s | {PAPER_FRAME} s |"])

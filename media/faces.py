@@ -17,6 +17,11 @@ from runtime.files import UserError
 
 SURE = 0.5      # a face of this score is hardly ever a false one (dlib's scale: most faces have 1 to 3)
 NEARLY = 0.4    # of the surest one's score: faces that the detector is nearly as sure of
+MIRRORED = np.r_[                                   # which point a mirrored face has in each place
+    16:-1:-1, 26:16:-1,                             # jaw, brows
+    27:31, 35:30:-1,                                # nose
+    45:41:-1, 47, 46, 39:35:-1, 41, 40,             # eyes
+    54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]         # outer lips, inner lips
 
 
 # ------------------------------------------------------------------------------------------- detectors

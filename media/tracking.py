@@ -221,3 +221,25 @@ def read_crops(path, track, wanted, size):
         if k in wanted:
             crops[k] = crop(np.rot90(to_rgb(frame), track.turns), boxes[k], size)
     return crops
+
+
+def read_driver(path, landmarks, detect):
+    """A video or a saved track (.npz) -> Track, with a word on what is not as it should be.
+
+    landmarks: "fan" or "dlib", the kind that the checkpoint was trained with.
+    """
+    if is_track(path):
+        track = load_track(path)
+        if track.detector != landmarks:
+            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with {landmarks}")
+    else:
+        track = track_video(path, detect, progress=True)
+    missed = len(track.found) - int(track.found.sum())
+    if missed:
+        print(f"no face in {missed} of {len(track.found)} frames of {path}: "
+              "they repeat the landmarks before them, or the first ones")
+    return track
+
+
+def is_track(path):
+    return path.lower().endswith(".npz")

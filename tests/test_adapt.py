@@ -1,4 +1,4 @@
-"""adapt.py: the linear 3-D face, who somebody is, steadiness, motion, new viewpoints.
+"""adapt.py and face3d.py: the linear 3-D face, who somebody is, steadiness, motion, new viewpoints.
 
 All on points from a known face.
 """
@@ -122,14 +122,15 @@ def test_command_and_refusals(tmp_path, bundled):
         save_tensors({"jpeg": pixel, "offsets": torch.arange(11), "landmarks": torch.from_numpy(p).float(),
                       "image_size": SIZE, "detector": "dlib"}, tmp_path / f"prepared/{i:02}.pt")
     (tmp_path / "prepared/03.pt").write_bytes(b"damaged")
-    out = succeed("beyond.adapt", "--out", "face.npz", cwd=tmp_path)
+    out = succeed("beyond.face3d", "--out", "face.npz", cwd=tmp_path)
     assert "wrote face.npz: from 300 frames of 30 people" in out
     made = face3d.load_face3d(tmp_path / "face.npz")
     assert made.basis.shape == (16, 68, 3)
     assert (np.linalg.eigvalsh(made.between) > 0).all()
     (tmp_path / "prepared/00.pt").unlink(), (tmp_path / "prepared/03.pt").unlink()
-    assert "300 of 30 are needed" in fail("beyond.adapt", "--out", "face.npz", cwd=tmp_path)
-    assert "no prepared videos" in fail("beyond.adapt", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
+    assert "300 of 30 are needed" in fail("beyond.face3d", "--out", "face.npz", cwd=tmp_path)
+    said = fail("beyond.face3d", "--data", "nothing", "--out", "face.npz", cwd=tmp_path)
+    assert "no prepared videos" in said
     (tmp_path / "text.npz").write_text("no face")
     with pytest.raises(UserError, match="is not a 3-D face"):
         face3d.load_face3d(tmp_path / "text.npz")

@@ -60,7 +60,8 @@ def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
         again = detect(np.ascontiguousarray(frames[0]))
         assert np.linalg.norm(again - moved[0], axis=1).mean() < 0.05 * eyes
         assert moved[0, 36, 0] < moved[0, 45, 0] and not np.array_equal(frames[0], frame)
-    assert sorted(data.MIRRORED) == list(range(68)) and (data.MIRRORED[data.MIRRORED] == np.arange(68)).all()
+    assert sorted(faces.MIRRORED) == list(range(68))
+    assert (faces.MIRRORED[faces.MIRRORED] == np.arange(68)).all()
 
 
 def test_how_often_a_sequence_is_drawn():
@@ -292,6 +293,7 @@ def test_fan_without_a_network_says_where_to_put_its_weights(videos, tmp_path):
 
 
 def test_every_script_has_help(tmp_path):
-    for name in ("data.py", "meta_train.py", "finetune.py", "infer.py", "evaluate.py", "beyond.adapt", "beyond.teach"):
+    scripts = "data.py", "meta_train.py", "finetune.py", "infer.py", "evaluate.py"
+    for name in (*scripts, "beyond.face3d", "beyond.teach"):
         result = here(name, "--help", cwd=tmp_path)
         assert result.returncode == 0 and name in result.stdout

@@ -17,7 +17,7 @@ import infer
 from beyond.toy import ToyHeads
 from conftest import ROOT, networks, succeed
 from data import PreparedVideos
-from evaluation import metrics, protocol, report, timing
+from evaluation import metrics, protocol, report
 from finetune import learn_person
 from model import save_checkpoint
 from runtime.files import UserError, save_tensors
@@ -340,8 +340,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint):
     assert (tmp_path / "runs/eval/figure.png").exists()
 
 
-def test_timing_prints_table_2(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(timing, "EPOCHS", 2)
+def test_timing_prints_table_2(tmp_path, checkpoint):
     flags = ["--toy", "--videos", "1", "--shots", "1", "--checkpoint", checkpoint]
     said = command(*flags, "--timing", cwd=tmp_path)
     seconds = [float(s) for s in re.findall(r"\| ([\d.]+) s \| [\d.]+ s \|", said)]

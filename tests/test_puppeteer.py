@@ -16,6 +16,7 @@ from conftest import ROOT
 from data import PreparedVideos
 from evaluation import metrics, puppeteer, report
 from finetune import content_loss, learn_person
+from media.tracking import load_track
 from runtime.files import UserError
 from test_evaluate import Colours, command, prepare
 
@@ -167,7 +168,7 @@ def folder(tmp_path, clip, detect, bundled, monkeypatch):
     shutil.copy(ROOT / "assets/speech.npz", tmp_path / "drivers")
     torch.jit.save(torch.jit.script(Colours()), str(tmp_path / "colours.ts"))
     monkeypatch.setattr(evaluate, "landmark_detector", lambda kind: Detector(detect, bundled))
-    for name, value in (("EPOCHS", 1), ("FRAMES", 3), ("SHOWN", 3), ("RUN", 4)):
+    for name, value in (("FRAMES", 3), ("SHOWN", 3), ("RUN", 4)):
         monkeypatch.setattr(puppeteer, name, value)
     return tmp_path
 
@@ -177,7 +178,7 @@ FLAGS = ["--data", "held", "--drivers", "drivers", "--shots", "1", "8", "--holdo
 
 
 def test_people_are_driven_as_infer_does_it(folder, checkpoint, bundled):
-    said = command(*FLAGS, "--checkpoint", checkpoint, cwd=folder)
+    said = command(*FLAGS, "--checkpoint", checkpoint, cwd=folder, epochs=1)
     rows = list(csv.DictReader(open(folder / "out/puppets.csv")))
     assert len(rows) == 2 * 2 * 3 and list(rows[0]) == puppeteer.COLUMNS
     assert (folder / "out/puppets.md").read_text().strip() in said and (folder / "out/puppets.png").exists()
@@ -192,7 +193,7 @@ def test_people_are_driven_as_infer_does_it(folder, checkpoint, bundled):
     arguments = type("", (), {"content": None, "vgg19": None, "vggface": None})
     content = content_loss(arguments, state["config"])
     G, psi, _ = learn_person(state, [(frames, points)], content, epochs=1, device="cpu")
-    track = infer.load_track(str(folder / "drivers/speech.npz"))
+    track = load_track(str(folder / "drivers/speech.npz"))
     chosen = puppeteer.evenly(np.flatnonzero(track.found), 3)
     driving = adapt(track, describe([points[:1]], bundled), "relative", 64, bundled, 1.25)[chosen]
     results = list(infer.render(G, psi, driving, 64))
@@ -208,7 +209,7 @@ def test_people_are_driven_as_infer_does_it(folder, checkpoint, bundled):
     stamp = kept.stat().st_mtime_ns
     lost.unlink()
     before = (folder / "out/puppets.csv").read_text().splitlines()
-    command(*FLAGS, "--checkpoint", checkpoint, cwd=folder)
+    command(*FLAGS, "--checkpoint", checkpoint, cwd=folder, epochs=1)
     assert kept.stat().st_mtime_ns == stamp and lost.exists()
     assert len((folder / "out/puppets.csv").read_text().splitlines()) == len(before)
     (folder / "drivers/speech.npz").unlink()

@@ -1,4 +1,4 @@
-"""decode.py, tracking.py, encode.py, sound.py: what is read of a video, who is followed in it, what is written."""
+"""media/: what is read of a video, who is followed in it, what is written."""
 import io
 import shutil
 from fractions import Fraction
