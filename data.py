@@ -5,9 +5,14 @@
 
 Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of
 a VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos
-there one together. A prepared sequence is one file: {"jpeg": bytes of all crops, "offsets": (n+1,),
-"landmarks": (n, 68, 2) in pixels, "file" and "seconds": (n,), which clip or photo of the sequence a frame is
-of and its time there, "image_size", "detector"}.
+there one together. A prepared sequence is one file, a dictionary with
+
+    "jpeg", "offsets"       the bytes of all n crops, and where each begins and ends: (n + 1,)
+    "landmarks"             (n, 68, 2) float32, in pixels of the crops
+    "file", "seconds"       (n,), which clip or photo of the sequence a frame comes from, and its time there
+    "made_up"               (n,), the share of a crop that lies beyond the border of the picture, 0 to 1
+    "image_size", "detector"
+
 Running it again goes on where it stopped.
 """
 import hashlib
@@ -22,11 +27,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from config import Config
-from media.faces import MIRRORED
-from media.folders import prepare
-from runtime.files import UserError, make_parser, run, warn
+from media.crops import MADE_UP
+from media.folders import default_workers, prepare
+from runtime.device import usable_cores
+from runtime.files import UserError, make_parser, pass_on_want_of_memory, run, warn
 from runtime.resume import worker_signals
+
+SIZES = (64, 128, 256, 512)     # of the pictures that the networks take
 
 # ------------------------------------------------------------------------------------------- landmarks
 
@@ -46,25 +53,31 @@ LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and le
 def draw_landmarks(points, size):
     """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> uint8 (size, size, 3), lines on black.
 
-    Drawn at 256 pixels or more and averaged down, so that small images keep positions finer than a pixel.
+    Drawn twice as large, or at 256 pixels where that is more, and averaged down, because that keeps positions
+    finer than a pixel.
     """
-    canvas = max(size, 256)
+    canvas = max(2 * size, 256)
     image = Image.new("RGB", (canvas, canvas))
-    pen, width = ImageDraw.Draw(image), max(1, size // 128) * (canvas // size)  # 2 pixels at 256
+    pen, width = ImageDraw.Draw(image), canvas // 128       # 2 pixels of 256
     points = np.asarray(points, np.float64)
     points = (points + 0.5) * (canvas / size) - 0.5     # pixel centres to pixel centres
     for first, end, closed, colour in LINES:
         line = [tuple(p) for p in points[first:end]]
         pen.line(line + line[:1] * closed, fill=colour, width=width, joint="curve")
-    return np.asarray(image.reduce(canvas // size) if canvas > size else image)
+    return np.asarray(image.reduce(canvas // size))
 
 
 # --------------------------------------------------------------------------------- datasets and episodes
 
 class PreparedVideos:
-    """The sequences of a prepared folder. len(): how many; count(i): frames of one; load(i, choose): some."""
+    """The sequences of a prepared folder, each of which is checked: all must have the same landmarks.
+
+    len(): how many sequences.  count(i): the frames of one.  usable(i): the numbers of those that training
+    may use.  load(i, ts): some of them.
+    """
 
     def __init__(self, folder, image_size=None):
+        """image_size: of the frames that load() returns; None: the smallest that is stored."""
         self.folder = folder
         self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
         if not self.files:
@@ -72,64 +85,65 @@ class PreparedVideos:
                             f"--out {folder}`, or train on drawn heads with --toy")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # what rows of W belong to
-        self.detector, self.image_size = self._agreement(image_size)
-
-    def _agreement(self, image_size):
-        """Detector and size of each folder's first readable file: they may have been prepared one by one."""
-        kinds, problem = {}, None
+        self._made_up, kinds, problem = [], {}, None
         for i, file in enumerate(self.files):
-            part = os.path.dirname(file)
-            if part in kinds:
-                continue
             try:
                 sequence = self._open(i)
-                kinds[part] = sequence["detector"], sequence["image_size"]
+                self._made_up.append(sequence["made_up"].numpy())
+                kinds.setdefault((sequence["detector"], sequence["image_size"]), file)
             except UserError as e:
-                problem = e
+                problem = problem or e
+                self._made_up.append(np.empty(0))       # 0 frames
+                warn(e)
         if not kinds:
             raise problem
-        detector = next(iter(kinds.values()))[0]
-        image_size = image_size or min(stored for _, stored in kinds.values())
-        for part, (other, stored) in kinds.items():
+        self.detector, self.image_size = self._agreement(kinds, image_size)
+
+    @staticmethod
+    def _agreement(kinds, image_size):
+        """kinds: {(detector, stored size): the first file of that kind} -> the detector and size of all."""
+        image_size = image_size or min(stored for _, stored in kinds)
+        (detector, _), first = next(iter(kinds.items()))
+        for (other, stored), file in kinds.items():
             if other != detector:
-                raise UserError(f"{part} was prepared with {other} landmarks, another part of {self.folder} "
-                                f"with {detector}: prepare one of them again")
+                raise UserError(f"{file} was prepared with {other} landmarks, but {first} with {detector}: "
+                                "prepare one of them again")
             if stored < image_size:
-                raise UserError(f"{part} was prepared at {stored} pixels: prepare it again with "
+                raise UserError(f"{file} was prepared at {stored} pixels: prepare it again with "
                                 f"--image-size {image_size}")
         return detector, image_size
 
     def _open(self, i):
         try:  # memory-mapped: a few frames of a long video cost a few frames
             sequence = torch.load(self.files[i], mmap=True, weights_only=True)
-            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg"):
+            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg", "made_up"):
                 sequence[key]
             return sequence
         except OSError as e:    # a folder of somebody else's, a network drive that is gone
             raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
-            raise UserError(f"{self.files[i]} is damaged or not from data.py ({type(e).__name__}): "
-                            "delete it and prepare it again") from None
+            pass_on_want_of_memory(e)
+            raise UserError(f"{self.files[i]} is damaged or not from this version of data.py "
+                            f"({type(e).__name__}): delete it and prepare it again") from None
 
     def __len__(self):
         return len(self.files)
 
     def count(self, i):
-        """Frames of sequence i; 0, and a warning, where its file is damaged."""
-        try:
-            return len(self._open(i)["landmarks"])
-        except UserError as e:
-            warn(e)
-            return 0
+        """Frames of sequence i; 0 where its file is damaged."""
+        return len(self._made_up[i])
+
+    def usable(self, i):
+        """The numbers of the frames of sequence i of which at most MADE_UP is made up."""
+        return np.flatnonzero(self._made_up[i] <= MADE_UP)
 
     def landmarks(self, i):
         """Of all frames of sequence i: (n, 68, 2), in pixels of its stored size. UserError if damaged."""
         return self._open(i)["landmarks"].numpy()
 
-    def load(self, i, choose):
-        """choose(count) -> frame numbers. Returns frames uint8 (k, S, S, 3), landmarks (k, 68, 2)."""
+    def load(self, i, ts):
+        """Frames with the numbers ts (k,) of sequence i: uint8 (k, S, S, 3), and landmarks (k, 68, 2)."""
         sequence, S = self._open(i), self.image_size
-        ts = choose(len(sequence["landmarks"]))
         frames = []
         for t in ts:
             start, end = sequence["offsets"][t:t + 2].tolist()
@@ -142,7 +156,7 @@ class PreparedVideos:
             except (OSError, SyntaxError, ValueError) as e:
                 raise UserError(f"frame {t} of {self.files[i]} is damaged ({e}): "
                                 "delete the file and prepare it again") from None
-        points = sequence["landmarks"][ts].numpy()
+        points = sequence["landmarks"][list(ts)].numpy()
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 
 
@@ -161,19 +175,18 @@ class Episodes(torch.utils.data.Dataset):
     Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
     """
 
-    def __init__(self, videos, K, slots, seed=0, rank=0, world=1, config=Config()):
+    def __init__(self, videos, K, slots, seed=0, rank=0, world=1, augment=None, stills=0.0):
+        """Ours: augment changes an episode (beyond.augment); stills is the share of episodes of one frame."""
         self.videos, self.K, self.slots = videos, K, slots
         self.seed, self.rank, self.world = seed, rank, world
-        self.augment, self.stills = config.augment, config.stills
+        self.augment, self.stills = augment, stills
         self.damaged = set()
-        own = range(rank, len(videos), world)
-        self.rows = len(own)
+        self.rows = len(range(rank, len(videos), world))
         if not self.rows:
             raise UserError(f"{len(videos)} sequences are too few for {world} ranks")
-        odds = np.cumsum([videos.count(i) if config.by_frames else 1 for i in own])
-        if not odds[-1]:
-            raise UserError("none of the prepared videos can be read")
-        self.odds = odds / odds[-1]
+        if not any(len(videos.usable(self.video(row))) >= 2 for row in range(self.rows)):
+            raise UserError("none of the prepared videos has two frames that training can use: they are "
+                            f"damaged, or more than {MADE_UP:.0%} of their crops is made up")
 
     def __len__(self):
         return sys.maxsize  # drawn without end
@@ -184,10 +197,8 @@ class Episodes(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, step, self.rank, slot))
         still = rng.random() < self.stills
         row, frames, points = self.draw(rng, still)
-        if still:
-            frames, points = warp(rng, frames, points)
         if self.augment:
-            frames, points = recolour_and_mirror(rng, frames, points)
+            frames, points = self.augment(rng, frames, points, still)
         x, y = to_tensors(frames, points)
         return row, x, y
 
@@ -197,62 +208,31 @@ class Episodes(torch.utils.data.Dataset):
 
     def draw(self, rng, still):
         """K + 1 frames of a random sequence; one damaged file among many must not stop a training of days."""
-        for attempt in range(100):
-            if still:   # drawn evenly: one photo is as good as a long video
-                row = int(rng.integers(self.rows))
-            else:
-                row = int(np.searchsorted(self.odds, rng.random(), side="right"))
+        for attempt in range(1000):
+            row = int(rng.integers(self.rows))
+            video = self.video(row)
+            usable = self.videos.usable(video)
+            if len(usable) < (1 if still else 2):
+                continue
             try:
-                choose = lambda count: draw_frames(rng, count, self.K, still)
-                return row, *self.videos.load(self.video(row), choose)
+                return row, *self.videos.load(video, draw_frames(rng, usable, self.K, still))
             except UserError as e:
                 if row not in self.damaged:
                     warn(f"{e}. Another sample takes its place.")
                 self.damaged.add(row)
-        last = self.videos.files[self.video(row)]
-        raise UserError(f"100 samples in a row could not be read; the last one: {last}")
+        raise UserError(f"1000 samples in a row could not be used; the last one: {self.videos.files[video]}")
 
 
-def draw_frames(rng, count, K, still=False):
-    """[t, s_1, ..., s_K]: the target t is never one of the s; fewer than K + 1 frames: the s repeat.
+def draw_frames(rng, usable, K, still=False):
+    """[t, s_1, ..., s_K] of these frame numbers: the target t is never one of the s.
 
-    still: K + 1 times t.
+    Where there are fewer than K + 1 frames, the s repeat. still: K + 1 times t.
     """
-    t = int(rng.integers(count))
+    t = int(rng.choice(usable))
     if still:
         return [t] * (K + 1)
-    others = np.delete(np.arange(count), t)
+    others = usable[usable != t]
     return [t, *rng.choice(others, K, replace=len(others) < K).tolist()]
-
-
-def warp(rng, frames, points):
-    """Turn, scale, shear and shift each frame by itself: a photo becomes a short video (not in the paper)."""
-    S, warped, moved = frames.shape[1], [], []
-    for frame, p in zip(frames, points):
-        # result -> source, about the middle
-        A = np.eye(2) + rng.uniform(-.15, .15, (2, 2))
-        shift = (np.eye(2) - A) @ (S / 2, S / 2) + rng.uniform(-.06, .06, 2) * S
-        (a, b), (c, d) = A
-        edge = S // 2
-        padded = np.pad(frame, ((edge, edge), (edge, edge), (0, 0)), mode="reflect")
-        coefficients = (a, b, shift[0] + edge, c, d, shift[1] + edge)
-        image = Image.fromarray(padded).transform((S, S), Image.AFFINE, coefficients, Image.BICUBIC)
-        warped.append(np.asarray(image))
-        moved.append((p + 0.5 - shift) @ np.linalg.inv(A).T - 0.5)
-    return np.stack(warped), np.stack(moved)
-
-
-def recolour_and_mirror(rng, frames, points):
-    """Gamma and tint, the same for all frames; half of the episodes mirrored (not in the paper)."""
-    gamma = 2 ** (rng.uniform(-.5, .5) + rng.uniform(-.15, .15, 3))
-    levels = np.linspace(0, 1, 256)[:, None]
-    table = (255 * levels ** gamma).round().astype(np.uint8)    # (256, 3)
-    frames = table[frames, np.arange(3)]
-    if rng.random() < .5:
-        frames, points = frames[:, :, ::-1], points[:, MIRRORED]
-        x = frames.shape[2] - 1 - points[..., 0]
-        points = np.stack([x, points[..., 1]], axis=-1)
-    return frames, points
 
 
 def to_tensors(frames, points):
@@ -281,11 +261,11 @@ def to_uint8(images):
 
 def batches(episodes, start, steps, device):
     """Yield (row (B,), x, y (B, K+1, 3, S, S) in [-1, 1], seconds waited) for the steps from `start` on."""
-    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     slots = episodes.slots
     loader = DataLoader(episodes, slots, sampler=range(start * slots, steps * slots),
-                        num_workers=min(8, max(1, cores - 1)), pin_memory=device.type == "cuda",
-                        worker_init_fn=worker_signals)
+                        num_workers=min(8, max(1, usable_cores() // ranks - 1)),
+                        pin_memory=device.type == "cuda", worker_init_fn=worker_signals)
     began = time.time()
     for row, x, y in loader:                                    # x, y uint8
         waited = time.time() - began
@@ -307,13 +287,14 @@ def main():
     add("--max-frames", type=int, default=128,
         help="at most so many frames per sequence, evenly spread; 0: all, and a sequence's crops stay in "
              "memory until it is written (default: 128)")
-    add("--workers", type=int, help="processes (default: one a core; for fan on a GPU 2, which share it)")
+    add("--workers", type=int,
+        help="processes (default: one a core that memory allows; for fan on a GPU 2, which share it)")
     args = parser.parse_args()
-    on_gpu = args.landmarks == "fan" and torch.cuda.is_available()
-    workers = args.workers or (2 if on_gpu else os.cpu_count())
+    workers = default_workers(args.landmarks) if args.workers is None else args.workers
     if workers < 1 or args.max_frames < 0:
         raise UserError("--workers must be at least 1, --max-frames at least 0")
-    Config(image_size=args.image_size)  # refuses what no network takes
+    if args.image_size not in SIZES:
+        raise UserError(f"--image-size {args.image_size}: it must be one of {SIZES}")
     there = PreparedVideos(args.out) if any(Path(args.out).rglob("*.pt")) else None
     if there and (there.image_size, there.detector) != (args.image_size, args.landmarks):
         raise UserError(f"{args.out} was prepared with --image-size {there.image_size} --landmarks "

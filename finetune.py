@@ -10,22 +10,27 @@ import os
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
 
 from beyond.likeness import other_poses
+from beyond.recognition import STRANGERS, FaceTerm, dlib_recognition, tell_apart
 from data import to_float, to_tensors
-from evaluation.metrics import STRANGERS, dlib_recognition
-from losses import (BETAS, FACE_WEIGHT, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss,
-                    hinge_loss)
+from losses import BETAS, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
+from media.crops import MADE_UP
 from media.faces import landmark_detector
-from media.folders import faces_in
-from model import load_checkpoint, load_networks, save_checkpoint
+from media.folders import Photo, faces_in
+from runtime.checkpoint import load_checkpoint, load_networks, save_checkpoint
 from runtime.device import autocast, default_device
 from runtime.files import UserError, check_least, check_paths, make_parser, run, warn
 
-CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real128.pt")
+CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real256.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
+SMALL_FACE = 60         # pixels; a narrower face makes a blurred result
+GREY = 4                # levels of 255 between a photo's channels: colours have 14 and more, on LFW
+LUMINANCE = (0.299, 0.587, 0.114)       # of red, green and blue
+SHUT = 0.145            # of eye_opening(): below it lie 1.8 % of LFW's photos, nearly all shut or squinting
 
 
 @torch.no_grad()
@@ -35,12 +40,14 @@ def embed(E, x, y):
 
 
 def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False,
-             others=None, adversarial=True, random=None):
+             as_paper=False, others=None, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
 
     `psi` and `w` are the paper's psi' and w'; its psi and theta are the weights of G and of D's V.
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
-    others: of likeness.other_poses(), for our term of that name; None: without it, as in the paper.
+    as_paper: at the rates of meta-learning, constant. Otherwise ours, the "training scheduler" that A.1 did
+    without: from config.finetune_lr linearly to 0.
+    others: ours, of beyond.likeness.other_poses(); None: without this term, as in the paper.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and the losses of each step: {"cnt", "adv", "fm", "dsc"}, and "like"
@@ -50,10 +57,10 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
         net.to(memory_format=torch.channels_last)       # a quarter faster
     psi, w = start_values(E, G, D, x, y, random, seed)
     without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
-    optimizer_G = torch.optim.Adam([*without_P, psi], 2 * config.lr, BETAS)
-    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], 2 * config.lr_d, BETAS)
-    # ours, the "training scheduler" that A.1 did without: from twice meta-learning's rate linearly to 0
-    schedules = [PolynomialLR(optimizer, epochs) for optimizer in (optimizer_G, optimizer_D)]
+    lr, lr_d = (config.lr, config.lr_d) if as_paper else (config.finetune_lr, config.finetune_lr_d)
+    optimizer_G = torch.optim.Adam([*without_P, psi], lr, BETAS)
+    optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], lr_d, BETAS)
+    schedules = [] if as_paper else [PolynomialLR(o, epochs) for o in (optimizer_G, optimizer_D)]
 
     shuffle, history = torch.Generator().manual_seed(seed), []
     G.train()
@@ -61,25 +68,26 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     for _ in tqdm(range(epochs), "fine-tuning", unit=" epochs", disable=not progress):
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
             x_t, y_t = x[t], y[t]                       # (B, 3, S, S)
-            y_o = others.draw() if others else y[:0]    # (n, 3, S, S): ours, other poses; or none
 
             # (1) update psi and psi': eq. 9
             D.requires_grad_(False)
-            with autocast(x.device):
-                y_all = torch.cat([y_t, y_o])                               # at once: it costs little more
-                x_all = G.render(y_all, psi.expand(len(y_all), -1)).float()
-                x_hat, x_o = x_all.split([len(y_t), len(y_o)])              # (B, 3, S, S), (n, 3, S, S)
+            with autocast(x.device), parametrize.cached():
+                x_hat = G.render(y_t, psi.expand(len(y_t), -1)).float()     # (B, 3, S, S)
                 fake_score, fake_features = D(x_hat, y_t, w.detach())       # eq. 8
                 with torch.no_grad():
                     real_features = D.V(x_t, y_t)[1]
                 cnt = content(x_hat, x_t)
                 adv = adversarial_loss(fake_score)
-                fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
-            loss = cnt + (adv + fm if adversarial else 0)                   # in brackets L'_ADV
-            losses = {"cnt": cnt, "adv": adv, "fm": fm}
-            if others:                                                      # ours
-                losses["like"] = others.loss(x_o)
-                loss = loss + losses["like"]
+                fm = feature_matching_loss(fake_features, real_features)
+                loss = cnt + (adv + fm if adversarial else 0)               # in brackets L'_ADV
+                losses = {"cnt": cnt, "adv": adv, "fm": fm}
+
+                # ours, beside eq. 9: the likeness in other poses
+                if others:
+                    y_o = others.draw()                                     # (n, 3, S, S)
+                    x_o = G.render(y_o, psi.expand(len(y_o), -1)).float()   # (n, 3, S, S)
+                    losses["like"] = others.loss(x_o)
+                    loss = loss + losses["like"]
             optimizer_G.zero_grad()
             loss.backward()
             optimizer_G.step()
@@ -95,12 +103,12 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 optimizer_D.zero_grad()
                 dsc.backward()
                 optimizer_D.step()
-            history.append({name: value.item() for name, value in (losses | {"dsc": dsc}).items()})
+            history.append({name: value.detach() for name, value in (losses | {"dsc": dsc}).items()})
         for schedule in schedules:
             schedule.step()
     G.eval()
     D.eval()
-    return psi.detach(), w.detach(), history
+    return psi.detach(), w.detach(), [{name: float(v) for name, v in step.items()} for step in history]
 
 
 def start_values(E, G, D, x, y, random, seed):
@@ -129,41 +137,84 @@ def randomised(what, e_new, psi, w, G, D, seed):
 
 # ------------------------------------------------------------------ for this command and infer.py
 
-def load_parts(paths, config, detect, max_frames=32):
-    """For each photo or clip: frames uint8 (m, S, S, 3), landmarks (m, 68, 2). UserError without a face.
+def load_photos(paths, config, detect, max_frames=32):
+    """-> [Photo] of photos and clips. UserError where one shows no face, which names all such files at once.
 
-    All paths without a face are named at once; a warning tells of several people.
+    The first frame of the first Photo, which gives pose and expression, has open eyes if any frame has them.
+    A line tells of that, of several people, of small faces and shut eyes, and of photos that are cut so tight
+    that much of what is learned has to be made up.
     """
-    parts, problems = [], []
+    photos, problems, recognition = [], [], tell_apart()
     for path in paths:
         try:
-            faces = faces_in(path, detect, config.image_size, max_frames)
-            frames, points, _ = zip(*faces)
-            parts.append((np.stack(frames), np.stack(points)))
+            shots = list(faces_in(path, detect, config.image_size, max_frames, recognition=recognition))
         except UserError as e:
             problems.append(str(e))
+            continue
+        photos.append(open_eyes_first(shots))
+        warn_of_quality(path, shots)
     if problems:
         raise UserError("; ".join(problems))
-    if len(parts) > 1:
-        warn_of_several_people(paths, [(frames[0], points[0]) for frames, points in parts])
-    return parts
+    if len(photos) > 1:
+        warn_of_several_people(paths, photos)
+    first = np.argmax([eye_opening(photo.points[0]) >= SHUT for photo in photos])      # 0 if there is none
+    if first:
+        warn(f"pose and expression are those of {paths[first]}, because the eyes in {paths[0]} are shut")
+    return [photos[first], *photos[:first], *photos[first + 1:]]
 
 
-def warn_of_several_people(paths, faces):
-    """faces: the first (crop uint8 (S, S, 3), points (68, 2)) of each path. Judged by dlib's network."""
+def eye_opening(points):
+    """How far the lids are apart, in widths of the eye, of the more open one: (..., 68, 2) -> (...)."""
+    distance = lambda a, b: np.linalg.norm(points[..., a, :] - points[..., b, :], axis=-1)
+    lids = distance([37, 43], [41, 47]) + distance([38, 44], [40, 46])
+    return (lids / 2 / distance([36, 42], [39, 45])).max(-1)
+
+
+def open_eyes_first(shots):
+    """[Shot] of a photo or a clip -> Photo. It begins with a frame in which the person does not blink."""
+    points = np.stack([shot.points for shot in shots])
+    opening = eye_opening(points)
+    first = np.argmax(opening >= max(SHUT, 0.8 * np.median(opening)))      # 0 if there is none
+    order = [first, *range(first), *range(first + 1, len(shots))]
+    return Photo(np.stack([shots[k].image for k in order]), points[order])
+
+
+def warn_of_quality(path, shots):
+    """shots: of faces_in(path)."""
+    made_up, width = (np.median([getattr(shot, name) for shot in shots]) for name in ("made_up", "width"))
+    if made_up > MADE_UP:
+        warn(f"{path} is cut tight: {made_up:.0%} of what is learned had to be made up; a photo with more "
+             "around the head looks better")
+    if width < SMALL_FACE:
+        warn(f"the face in {path} is only {width:.0f} pixels wide, so the result will be blurred")
+    if np.median(eye_opening(np.stack([shot.points for shot in shots]))) < SHUT:
+        warn(f"the eyes in {path} are shut, or nearly so; a photo with open eyes looks better")
+
+
+def warn_of_several_people(paths, photos):
+    """Judged by dlib's network on the first frame of each Photo."""
     vector = dlib_recognition()
-    first, *others = (vector(*face) for face in faces)
+    first, *others = (vector(photo.frames[0], photo.points[0]) for photo in photos)
     strangers = [path for path, v in zip(paths[1:], others) if v @ first < STRANGERS]
     if strangers:
         names = ", ".join(map(str, strangers))
         warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
 
 
-def to_faces(parts):
-    """-> x, y float (T, 3, S, S) in [-1, 1], of all parts together."""
-    frames, points = zip(*parts)
+def to_networks(photos):
+    """-> x, y float (T, 3, S, S) in [-1, 1], of all photos together."""
+    frames, points = zip(*photos)
     x, y = to_tensors(np.concatenate(frames), np.concatenate(points))
     return to_float(x), to_float(y)
+
+
+FINETUNING = "as_paper", "content", "vgg19", "vggface"
+
+
+def add_finetuning_flags(parser):
+    parser.add_argument("--as-paper", action="store_true",
+                        help="fine-tune as in the paper: constant rates, and only the losses of eq. 9")
+    add_content_flags(parser)
 
 
 def add_content_flags(parser):
@@ -173,10 +224,10 @@ def add_content_flags(parser):
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
 
 
-def content_loss(args, config, face=FACE_WEIGHT):
-    """The content loss that these flags name; our stand-in for VGGFace where --vggface is not given."""
-    kind = args.content or config.content
-    return ContentLoss(kind, args.vgg19, args.vggface, face)
+def content_loss(args, config, faces=True):
+    """The content loss that these flags name; of faces with dlib's network where --vggface is not given."""
+    extra = FaceTerm() if faces and not args.vggface else None
+    return ContentLoss(args.content or config.content, args.vgg19, args.vggface, extra)
 
 
 def load_for_finetuning(path, device, random=None):
@@ -188,33 +239,49 @@ def load_for_finetuning(path, device, random=None):
     return state
 
 
-def learn_person(state, parts, content, epochs, device, progress=True, **switches):
-    """A loaded checkpoint and the faces of a person -> what a person file holds: G, psi', source.
+def learn_person(state, photos, content, epochs, device, progress=True, as_paper=False, **switches):
+    """A loaded checkpoint and [Photo] of a person -> what a person file holds: G, psi', source.
 
-    parts: of load_parts.  epochs=0: feed-forward, content unused.  switches: of finetune().
-    G: folded and without P.  source: (3, S, S), the first face.
+    epochs=0: feed-forward, content unused.  as_paper, switches: of finetune().
+    G: folded and without P, and makes grey pictures if all photos are grey, but for as_paper.
+    source: (3, S, S), the first frame.
     """
     config, (E, G, D) = state["config"], load_networks(state)
-    x, y = (faces.to(device) for faces in to_faces(parts))
+    x, y = (part.to(device) for part in to_networks(photos))
     content = content and content.to(device)
-    others = other_poses(x, [points for _, points in parts], content) if epochs else None
+    others = None
+    if epochs and not as_paper:
+        others = other_poses(x, [photo.points for photo in photos], content)
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
-                       others=others, **switches)
+                       as_paper=as_paper, others=others, **switches)
     G.P = nn.Identity()  # psi' has taken P's place
-    return G.fold(), psi, x[0]
+    G.fold()
+    if are_grey(photos) and not as_paper:
+        make_grey(G)
+    return G, psi, x[0]
 
 
-def save_person(path, config, G, psi, source, parts=()):
+def are_grey(photos):
+    """Whether all of these [Photo] are black and white, but for the traces of a JPEG's compression."""
+    return all(np.ptp(photo.frames, axis=3).mean() < GREY for photo in photos)
+
+
+@torch.no_grad()
+def make_grey(G):
+    """Let a folded G draw the luminance of what it drew, with all three channels alike."""
+    for part in (G.to_rgb.weight, G.to_rgb.bias):       # (3, C, 3, 3), (3,)
+        part[:] = torch.tensordot(part.new_tensor(LUMINANCE), part, 1)
+
+
+def save_person(path, config, G, psi, source, photos):
     """Write a person file: G folded and without P, psi' (|psi|,), source (3, S, S) in [-1, 1].
 
-    parts: of load_parts. Their "landmarks" (m, 68, 2), with the "counts" of each part, say whose face it
-    is, for when someone else drives.
+    The "landmarks" (m, 68, 2) of the photos, with the "counts" of each, say whose face it is, for when
+    someone else drives.
     """
-    known = {}
-    if parts:
-        points = [torch.from_numpy(points) for _, points in parts]
-        known = {"landmarks": torch.cat(points), "counts": torch.tensor([len(p) for p in points])}
-    save_checkpoint(path, "person", config, G=G, psi=psi, source=source, **known)
+    points = [torch.from_numpy(photo.points) for photo in photos]
+    save_checkpoint(path, "person", config, G=G, psi=psi, source=source,
+                    landmarks=torch.cat(points), counts=torch.tensor([len(p) for p in points]))
 
 
 def main():
@@ -226,7 +293,7 @@ def main():
     add("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
     add("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
     add("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from noise")
-    add_content_flags(parser)
+    add_finetuning_flags(parser)
     args = parser.parse_args()
     check_least(args, 1, "epochs")
     check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
@@ -234,11 +301,11 @@ def main():
     device = default_device()
     state = load_for_finetuning(args.checkpoint, device, args.random)
     config = state["config"]
-    parts = load_parts(args.photos, config, landmark_detector(config.landmarks))
+    photos = load_photos(args.photos, config, landmark_detector(config.landmarks))
     content = content_loss(args, config)
-    person = learn_person(state, parts, content, args.epochs, device,
+    person = learn_person(state, photos, content, args.epochs, device, as_paper=args.as_paper,
                           adversarial=not args.no_adversarial, random=args.random)
-    save_person(args.out, config, *person, parts)
+    save_person(args.out, config, *person, photos)
     print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
 
 

@@ -17,18 +17,18 @@ from tqdm import tqdm
 
 from beyond.adapt import adapt, describe, place, views
 from beyond.face3d import fit, load_face3d
+from beyond.recognition import SAME, dlib_recognition, tell_apart
 from data import landmark_images, to_uint8
-from evaluation.metrics import SAME, dlib_recognition
-from finetune import (CHECKPOINT, EPOCHS, add_content_flags, content_loss, learn_person,
-                      load_for_finetuning, load_parts, save_person)
+from finetune import (CHECKPOINT, EPOCHS, FINETUNING, add_finetuning_flags, content_loss, learn_person,
+                      load_for_finetuning, load_photos, save_person)
 from media.encode import SUFFIXES, write_video
 from media.faces import landmark_detector
 from media.folders import evenly
 from media.sound import usable_sound
 from media.tracking import is_track, read_crops, read_driver, save_track
-from model import load_checkpoint, load_person
+from runtime.checkpoint import load_checkpoint, load_person
 from runtime.device import default_device, fast_dtype
-from runtime.files import UserError, atomic, check_paths, make_parser, run, warn
+from runtime.files import UserError, atomic, check_idle, check_paths, make_parser, run, warn
 
 
 @torch.inference_mode()
@@ -70,20 +70,18 @@ def same_person(track, path, picture, source, face, frames=5):
     recognise = dlib_recognition()
     points = place(source.pose[None], source.z[None], source.opening[None], source, face)
     own = recognise(picture, points[0])
-    start = track._replace(points=track.points[:250], found=track.found[:250], pts=track.pts[:250])
+    start = track.first(250)
     chosen = evenly(np.flatnonzero(start.found).tolist(), frames)
     if not chosen:
         return False
     crops, points = read_crops(path, start, chosen, 256), start.in_crops(256)
-    return np.mean([own @ recognise(crops[k], points[k]) for k in chosen]) > SAME
+    return np.mean([own @ recognise(crops[k], points[k]) for k in crops]) > SAME
 
 
 def whose_face(state, face):
-    """-> Source of a person file; None of one that was made before it held landmarks."""
-    if "landmarks" not in state:
-        return None
-    parts = state["landmarks"].cpu().split(state["counts"].tolist())
-    return describe([part.numpy() for part in parts], face)
+    """-> Source of a person file."""
+    photos = state["landmarks"].cpu().split(state["counts"].tolist())
+    return describe([points.numpy() for points in photos], face)
 
 
 def warn_of_sides(track, source, motion, face):
@@ -121,19 +119,23 @@ def parse():
     add("--views", action="store_true",
         help="no driver: from yaw -40 to 40 degrees, a video, and a picture beside it, NAME.views.png")
     add("--out", default="result.mp4", help="(default: result.mp4)")
-    add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
+    add("--checkpoint", help="a meta-learned checkpoint (default: the bundled one)")
     add("--feed-forward", action="store_true", help="leave fine-tuning out: quicker, less like the person")
     add("--compare", action="store_true", help="source, landmarks and result side by side")
     add("--save-person", metavar="FILE", help="keep the person for --person")
     add("--save-track", metavar="FILE", help="keep the driver's landmarks (.npz) as a later --driver")
-    add_content_flags(parser)
+    add_finetuning_flags(parser)
     args = parser.parse_args()
     if bool(args.driver) == args.views:
         raise UserError("name a --driver, or ask for --views, which need none")
-    if args.person and (args.feed_forward or args.save_person):
-        raise UserError("--person brings a finished person: leave out --feed-forward and --save-person")
-    if args.views and (args.motion or args.compare or args.save_track):
-        raise UserError("--views need no driver: leave out --motion, --compare and --save-track")
+    if args.person:
+        check_idle(args, "--person brings a finished person", "checkpoint", "feed_forward", "save_person",
+                   *FINETUNING)
+    if args.feed_forward:
+        check_idle(args, "--feed-forward leaves fine-tuning out", *FINETUNING)
+    if args.views:
+        check_idle(args, "--views need no driver", "motion", "compare", "save_track")
+    args.checkpoint = args.checkpoint or CHECKPOINT
     if args.save_track and not is_track(args.save_track):
         raise UserError(f"--save-track {args.save_track}: end it in .npz, by which --driver knows it")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
@@ -146,8 +148,26 @@ def parse():
 
 
 def main():
+    args, kept = parse(), []
+    try:
+        animate(args, kept)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(words_on_stop(args, kept)) from None
+
+
+def words_on_stop(args, kept):
+    """How the next run can start from what this one has done; else which flags would have kept it."""
+    if kept:
+        return f"the next run can start with {' '.join(kept)}"
+    lost = [] if args.person or args.save_person else ["--save-person FILE"]
+    if args.driver and not is_track(args.driver) and not args.save_track:
+        lost.append("--save-track FILE")
+    return f"with {' and '.join(lost)} the next run would not have to begin anew" if lost else ""
+
+
+def animate(args, kept):
+    """The whole command. kept: is filled with the flags by which another run starts from what is saved."""
     # everything is read, and refused, before anything long begins
-    args = parse()
     device = default_device()
     if args.person:
         state = load_checkpoint(args.person, device, kind="person")
@@ -160,23 +180,18 @@ def main():
     video = args.driver and not is_track(args.driver)
     detect = landmark_detector(config.landmarks) if args.photo or video else None
     if args.photo:
-        parts = load_parts(args.photo, config, detect)
+        photos = load_photos(args.photo, config, detect)
         content = None if args.feed_forward else content_loss(args, config)
-        source, picture = describe([points for _, points in parts], face), parts[0][0][0]
+        source, picture = describe([photo.points for photo in photos], face), photos[0].frames[0]
     else:
         source, picture = whose_face(state, face), to_uint8(state["source"])
-    motion = args.motion
-    if source is None and (args.views or motion in ("relative", "absolute")):
-        raise UserError(f"{args.person} is of before --motion and lacks what it needs: --motion paper")
     if args.driver:
-        track = read_driver(args.driver, config.landmarks, detect)
+        track = read_driver(args.driver, config.landmarks, detect, tell_apart())
         sound_from = usable_sound(args.driver) if video else None
         if args.save_track:
             save_track(args.save_track, track)
-        if source is None and not motion:
-            print(f"{args.person} is of before --motion: the driver's landmarks are taken as they are")
-            motion = "paper"
-        motion = motion or choose_motion(track, args.driver, picture, source, face)
+            kept.append(f"--driver {args.save_track} (which has no sound)")
+        motion = args.motion or choose_motion(track, args.driver, picture, source, face)
         if motion != "paper":
             warn_of_sides(track, source, motion, face)
 
@@ -184,9 +199,10 @@ def main():
     if args.person:
         (G, psi), shown = load_person(state), state["source"]
     else:
-        G, psi, shown = learn_person(state, parts, content, epochs, device)
+        G, psi, shown = learn_person(state, photos, content, epochs, device, as_paper=args.as_paper)
         if args.save_person:
-            save_person(args.save_person, config, G, psi, shown, parts)
+            save_person(args.save_person, config, G, psi, shown, photos)
+            kept.insert(0, f"--person {args.save_person}")
 
     # the video
     if args.views:

@@ -3,22 +3,28 @@
     L   = L_CNT + L_ADV + L_MCH      of E and G in meta-learning     (eq. 3; L_ADV is eq. 4)
     L'  = L_CNT + L_ADV              of psi, psi' in fine-tuning     (eq. 9)
     L_DSC                            of D in both                    (eq. 6, eq. 10)
+
+The second half of the file is about the fixed networks of L_CNT: VGG19 and VGGFace from MatConvNet's files
+(Sec. 3.4), VGG19 and SqueezeNet 1.1 from torchvision.
 """
+import os
+import urllib.error
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perceptual import FaceFeatures, squeezenet_features, vgg19_features, vggface_features
-from runtime.files import UserError, warn
+from runtime.files import UserError, pass_on_want_of_memory, warn
 
-FM_WEIGHT = 10.0                                # Sec. 3.4
-BETAS = (0.0, 0.999)                            # of the adversarial Adams; not in the paper; as BigGAN
+FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
+BETAS = (0.0, 0.999)                            # of the adversarial Adams; not in the paper; as BigGAN
 
 # Ours, for small machines: they weigh what the paper's term does beside L_MCH.
 SQUEEZE_WEIGHT = 0.2
 PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 100.0}
-FACE_WEIGHT = 10.0                              # in fine-tuning, where VGGFace's file is missing
 
 
 def l1(a, b):
@@ -39,23 +45,15 @@ def adversarial_loss(fake_score):
 def feature_matching_loss(fake_features, real_features):
     """L_FM of eq. 4: mean L1 per block of V, averaged over the blocks; no gradient to the real side."""
     terms = [l1(fake, real.detach()) for fake, real in zip(fake_features, real_features)]
-    return sum(terms) / len(terms)
+    return FM_WEIGHT * sum(terms) / len(terms)
 
 
-def match_loss(e, w_i):
+def match_loss(e, w_i, weight=MATCH_WEIGHT):
     """L_MCH of eq. 3: e (B, K, N), each of the K embeddings, against W_i (B, N).
 
     W_i is detached: eq. 3 is minimised over phi, psi and P alone.
     """
-    return l1(e, w_i.detach()[:, None])
-
-
-def face_terms(net, x_hat, x):
-    """Ours: the relative L1 of each output of perceptual.FaceFeatures; the last says who it is."""
-    with torch.no_grad():
-        target = net(x)
-    sizes = [t.abs().mean(dtype=torch.float32) for t in target]
-    return [l1(f, t) / size for f, t, size in zip(net(x_hat), target, sizes)]
+    return weight * l1(e, w_i.detach()[:, None])
 
 
 class ContentLoss(nn.Module):
@@ -65,28 +63,26 @@ class ContentLoss(nn.Module):
                      torchvision's VGG19 (a download); without the second, that term is missing.
     kind "squeeze":  SqueezeNet 1.1 (a download of 5 MB) and L1 on pixels.
     kind "l1":       L1 on pixels alone.
-    face:            weight of our stand-in for VGGFace, which needs no download: the relative L1 of
-                     dlib's recognition network. It is left out where `vggface` is given.
-    face_vector:     in it, the weight of the network's last output, which says who it is.
+    extra:           ours: a module (x_hat, x) -> scalar that stands in for VGGFace without `vggface`.
+    weight:          ours: of the whole loss beside the others.
     UserError where a file or a download cannot be had, or is of another kind.
     """
 
-    def __init__(self, kind, vgg19=None, vggface=None, face=0.0, face_vector=1.0):
+    def __init__(self, kind, vgg19=None, vggface=None, extra=None, weight=1.0):
         super().__init__()
         if kind != "vgg" and (vgg19 or vggface):
             raise UserError(f"--vgg19 and --vggface are for --content vgg, and here it is {kind}: add it")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
+        self.extra, self.weight = None if vggface else extra, weight
         if kind == "vgg":
             self.terms.append(vgg19_features(vgg19, VGG19_WEIGHT))
             if vggface:
                 self.terms.append(vggface_features(vggface, VGGFACE_WEIGHT))
-            elif not face:
+            elif not extra:
                 warn("no --vggface FILE, so the content loss lacks its VGGFace term and identity will "
                      "suffer; the file is vgg-face.mat, published by MatConvNet")
         elif kind == "squeeze":
             self.terms.append(squeezenet_features(SQUEEZE_WEIGHT))
-        self.face = FaceFeatures() if face and not vggface else None
-        self.face_weight, self.vector_weight = face, face_vector
         self.requires_grad_(False).eval()
 
     def forward(self, x_hat, x):                                # (B, 3, S, S) twice
@@ -95,7 +91,125 @@ class ContentLoss(nn.Module):
             with torch.no_grad():
                 target = term(x)                                # (B, C_k, S_k, S_k) of each layer k
             loss = loss + term.weight * sum(l1(f, t) for f, t in zip(term(x_hat), target))
-        if self.face:
-            *look, who = face_terms(self.face, x_hat, x)
-            loss = loss + self.face_weight * (sum(look) + self.vector_weight * who)
-        return loss
+        if self.extra:
+            loss = loss + self.extra(x_hat, x)
+        return self.weight * loss
+
+
+# ------------------------------------------------------------------------ the fixed networks of L_CNT
+
+VGG19_LAYERS = (1, 6, 11, 20, 29)               # relu1_1 ... relu5_1 of torchvision's `features`
+VGGFACE_LAYERS = (1, 6, 11, 18, 25)             # the same of a VGG16, which VGGFace is
+SQUEEZE_LAYERS = (1, 4, 7, 9, 10, 11, 12)       # ours: the layers of LPIPS
+IMAGENET_MEAN = [255 * m for m in (0.485, 0.456, 0.406)]
+IMAGENET_STD = [255 * s for s in (0.229, 0.224, 0.225)]
+
+
+class Features(nn.Module):
+    """A fixed network that returns the activations of `layers`, fed with (pixels * 255 - mean) / std."""
+
+    def __init__(self, net, layers, mean, std, weight):
+        super().__init__()
+        self.net, self.layers, self.weight = net[:max(layers) + 1], layers, weight
+        for module in self.net:
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # an in-place ReLU would overwrite the activation we return
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, x):                                       # (B, 3, S, S) in [-1, 1]
+        h = ((x + 1) * 127.5 - self.mean) / self.std            # (B, 3, S, S), RGB
+        features = []
+        for k, layer in enumerate(self.net):
+            h = layer(h)
+            if k in self.layers:
+                features.append(h)                              # (B, C_k, S_k, S_k)
+        return features
+
+
+# ---------------------------------------------------------------------------------- VGG19 and VGGFace
+
+def vgg19_features(path, weight):
+    """VGG19 from MatConvNet's file, or torchvision's where path is None.
+
+    torchvision's sees inputs about 58 times smaller than Caffe's. The weight 0.15 makes sense on Caffe's
+    scale only, so it is multiplied by that much: a guess, made for all layers alike.
+    """
+    if path:
+        return matconvnet_features(path, "E", VGG19_LAYERS, weight)
+    from torchvision.models import VGG19_Weights
+    from torchvision.models.vgg import cfgs, make_layers
+    net = make_layers(cfgs["E"])
+    net.load_state_dict(download(VGG19_Weights.IMAGENET1K_V1, otherwise="--vgg19 FILE or --content l1"))
+    return Features(net, VGG19_LAYERS, IMAGENET_MEAN, IMAGENET_STD, weight * sum(IMAGENET_STD) / 3)
+
+
+def vggface_features(path, weight):
+    return matconvnet_features(path, "D", VGGFACE_LAYERS, weight)
+
+
+def matconvnet_features(path, letter, layers, weight):
+    """A Caffe-trained VGG (torchvision's letter E: VGG19, D: VGG16, which VGGFace is) as Features."""
+    from torchvision.models.vgg import cfgs, make_layers
+    net = make_layers(cfgs[letter])[:max(layers) + 1]
+    tensors, mean = read_matconvnet(path)
+    convs = [m for m in net if isinstance(m, nn.Conv2d)]
+    wanted = [(m.weight.shape, m.bias.shape) for m in convs]
+    if [(filters.shape, bias.shape) for filters, bias in tensors[:len(convs)]] != wanted:
+        name = "VGG19" if letter == "E" else "VGG16, as VGGFace is"
+        raise UserError(f"{path} does not hold a {name}: its layers differ")
+    for module, (filters, bias) in zip(convs, tensors):
+        module.weight.data, module.bias.data = filters, bias
+    return Features(net, layers, mean, (1.0, 1.0, 1.0), weight)
+
+
+def read_matconvnet(path):
+    """A MatConvNet .mat file -> ([(filters (out, in, H, W), bias (out,))] of the conv layers, mean (3,)).
+
+    Its networks were converted from Caffe and expect RGB, 0-255, minus the mean. UserError on other
+    files. Read in a process of its own: on some damaged files scipy does not raise but crashes.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            layers, mean = pool.submit(_matconvnet_arrays, path).result()
+        layers = [tuple(torch.as_tensor(w, dtype=torch.float32) for w in layer) for layer in layers]
+        mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 3).mean(0)
+        # H x W x in x out. Axes of length 1 are gone, which only the classifier's layers had: not needed
+        layers = [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4]
+        return layers, mean
+    except Exception as e:  # scipy raises many types on foreign or damaged files
+        pass_on_want_of_memory(e)
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise UserError(f"{path} is not a MatConvNet network ({reason})") from None
+
+
+def _matconvnet_arrays(path):
+    from scipy.io import loadmat  # arrives with face-alignment; only this function needs it
+    mat = loadmat(path, squeeze_me=True, struct_as_record=False)
+    meta = mat.get("meta")
+    normalization = meta.normalization if meta is not None else mat["normalization"]  # newer, older
+    layers = [list(layer.weights) for layer in mat["layers"] if layer.type == "conv"]
+    return layers, normalization.averageImage
+
+
+# ----------------------------------------------------------------------------------------- SqueezeNet
+
+def squeezenet_features(weight):
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+    net = squeezenet1_1().features
+    net.load_state_dict(download(SqueezeNet1_1_Weights.IMAGENET1K_V1, otherwise="--content l1"))
+    return Features(net, SQUEEZE_LAYERS, IMAGENET_MEAN, IMAGENET_STD, weight)
+
+
+def download(weights, otherwise):
+    """The `features` part of torchvision weights, from torch hub's cache folder or the network."""
+    name = os.path.basename(weights.url)
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+    except (urllib.error.URLError, OSError, RuntimeError) as e:
+        raise UserError(f"cannot download {name} ({e}): put it into {folder} yourself, "
+                        f"or use {otherwise}") from None
+    return {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}

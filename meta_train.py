@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta   # the paper, 8 GPUs
     python meta_train.py --toy                                  # drawn heads, minutes on a CPU
+    python meta_train.py --small --data prepared                # real people, hours on a CPU
     python meta_train.py ... --resume                           # go on after a stop, exactly
 
 Writes to --out: step-N.pt (what finetune.py and infer.py read), step-N.rank-R.state (for --resume),
@@ -10,8 +11,7 @@ its content loss needs --vgg19 and --vggface, without which it is another (losse
 """
 import copy
 import math
-import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,46 +19,72 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils import parametrize
 
+from beyond.augment import augment
+from beyond.average import average_decay, update_average
 from beyond.grow import grow
+from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
-from config import Config
 from data import Episodes, PreparedVideos, batches, to_float, to_uint8
-from losses import (BETAS, FM_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
-                    match_loss)
+from losses import BETAS, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
 from model import Discriminator, Embedder, Generator
-from runtime.device import autocast
-from runtime.files import UserError, atomic, check_least, check_paths, make_parser, run
-from runtime.resume import (Log, Signals, Training, any_rank, check_finite, clear, find_ranks, join_ranks,
-                            open_run, restore, save_step)
+from runtime.checkpoint import make_config
+from runtime.device import autocast, device_of_rank
+from runtime.files import UserError, atomic, check_idle, check_least, check_paths, make_parser, run
+from runtime.resume import (LOG_EVERY, Log, Signals, Training, any_rank, check_finite, clear, find_ranks,
+                            join_ranks, open_run, restore, save_step)
 
-LOG_EVERY = 50
-TOY = dict(image_size=64, min_channels=32, max_channels=128, K=4, batch=8, content="l1", lr=3e-4, lr_d=3e-4,
-           save_every=300, out="runs/toy")
-TOY_STEPS = 1500
+# A training is one of these dictionaries and the flags that change it.
+PAPER = dict(
+    out="runs/meta", save_every=1000, steps=None,
+    image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 4, A.4
+    lr=5e-5, lr_d=2e-4, content="vgg", match_weight=10.0,               # Sec. 3.4
+    # All below is ours, and the paper does without it:
+    content_weight=1.0,     # of the whole content loss, beside the others
+    face_weight=0.0,        # of dlib's recognition network in the content loss, where there is no VGGFace
+    vector_weight=1.0,      # in that term, of the last layer, which says who it is, beside 1 of each other
+    ema=0.0,                # checkpoints hold a moving average of E and G with this decay
+    augment=False,          # episodes are recoloured, and half of them mirrored
+    stills=0.0,             # the share of episodes that are made of one frame, warped K + 1 times
+    psi_gain=1.0,           # psi_hat = psi_gain * P e_hat, because spectral normalisation holds |P| at 1
+    finetune_lr=1e-4, finetune_lr_d=4e-4,       # where the rates of our fine-tuning begin
+    finetune_content="vgg",                     # the content loss of fine-tuning
+    lips=1.0)               # how much farther apart beyond/adapt.py draws lips
+TOY = PAPER | dict(
+    out="runs/toy", save_every=300, steps=1500,
+    image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
+    finetune_lr=6e-4, finetune_lr_d=6e-4, finetune_content="l1")
+SMALL = PAPER | dict(       # what the bundled checkpoint was trained with, see weights/MODEL_CARD.md
+    out="runs/small", save_every=150,
+    channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,
+    content_weight=0.3, face_weight=10.0, vector_weight=6.0,
+    ema=0.999, augment=True, stills=0.3, psi_gain=8.0,
+    finetune_lr=6e-4, finetune_lr_d=6e-4, finetune_content="l1", lips=1.25)
 
 
 # ----------------------------------------------------------------------------------------- the algorithm
 
 def make_optimizers(E, G, D, config):
-    return [torch.optim.Adam([*E.parameters(), *G.parameters()], config.lr, BETAS),
-            torch.optim.Adam([*D.V.parameters(), D.w0, D.b], config.lr_d, BETAS),
-            torch.optim.SparseAdam([D.W], config.lr_d, BETAS)]  # the rows of a batch, not 145 k of them
+    """One for E and G, one for D: with beta1 = 0, Adam leaves rows of W that are not drawn as they are."""
+    fused = D.w0.is_cuda
+    return (torch.optim.Adam([*E.parameters(), *G.parameters()], config.lr, BETAS, fused=fused),
+            torch.optim.Adam(D.parameters(), config.lr_d, BETAS, fused=fused))
 
 
-def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0, adversarial_weight=1.0):
+def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
     """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first.
 
-    match_weight: of L_MCH; 0 for the FF variant. adversarial_weight: of L_ADV, ours. content: a ContentLoss.
-    Returns what is logged, resume.COLUMNS[1:8]; mch without its weight.
+    content: a ContentLoss.  match_weight: of L_MCH; 0 for the FF variant.
+    Returns what is logged, by its name: scalar tensors.
     """
-    optimizer_EG, optimizer_D, optimizer_W = optimizers
+    optimizer_EG, optimizer_D = optimizers
     x_t, y_t = x[:, 0], y[:, 0]                                 # (B, 3, S, S)
     x_s, y_s = x[:, 1:], y[:, 1:]                               # (B, K, 3, S, S)
 
     # (1) update E and G: eq. 3
     D.requires_grad_(False)
-    with autocast(x.device):
+    with autocast(x.device), parametrize.cached():              # V is called twice, with the same weights
         e = E(x_s.flatten(0, 1), y_s.flatten(0, 1))             # (B K, N)
         e = e.unflatten(0, x_s.shape[:2])                       # (B, K, N)
         e_hat = e.mean(dim=1)                                   # eq. 1: (B, N)
@@ -69,10 +95,10 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0, adver
             real_features = D.V(x_t, y_t)[1]
         cnt = content(x_hat, x_t)
         adv = adversarial_loss(fake_score)
-        fm = FM_WEIGHT * feature_matching_loss(fake_features, real_features)
-        mch = match_loss(e, w_i)
+        fm = feature_matching_loss(fake_features, real_features)
+        mch = match_loss(e, w_i, match_weight)
     l_adv = adv + fm                                            # eq. 4
-    loss = cnt + adversarial_weight * l_adv + match_weight * mch    # eq. 3
+    loss = cnt + l_adv + mch                                    # eq. 3
     optimizer_EG.zero_grad()
     loss.backward()
     optimizer_EG.step()
@@ -88,24 +114,19 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0, adver
         real_score, fake_score = score.chunk(2)
         dsc = hinge_loss(real_score, fake_score)
         optimizer_D.zero_grad()
-        optimizer_W.zero_grad()
         dsc.backward()
         optimizer_D.step()
-        optimizer_W.step()
 
-    norm_e = e.detach().norm(dim=2).mean()
-    norm_w = w_i.detach().norm(dim=1).mean()
-    return torch.stack([v.detach().float() for v in (cnt, adv, fm, mch, dsc, norm_e, norm_w)])
+    norm_e, norm_w = e.norm(dim=2).mean(), w_i.norm(dim=1).mean()
+    logged = {"cnt": cnt, "adv": adv, "fm": fm, "mch": mch, "dsc": dsc, "|e|": norm_e, "|W|": norm_w}
+    return {name: value.detach().float() for name, value in logged.items()}
 
 
-@torch.no_grad()
-def update_average(averages, nets, decay):
-    """Moving averages of the weights; spectral normalisation's vectors are taken as they are."""
-    for average, net in zip(averages, nets):
-        for a, p in zip(average.parameters(), net.parameters()):
-            a.lerp_(p, 1 - decay)
-        for a, b in zip(average.buffers(), net.buffers()):
-            a.copy_(b)
+def set_rates(optimizers, config, left):
+    """left: the share of the run that is left, 1 to 0, by which the rates have fallen."""
+    for optimizer, rate in zip(optimizers, (config.lr, config.lr_d)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * left
 
 
 @torch.no_grad()
@@ -113,12 +134,13 @@ def sample_grid(path, E, G, episodes, device, rows=8):
     """A PNG with a row per episode: source s_1, landmarks y(t), target x(t), result x_hat(t)."""
     _, x, y = zip(*(episodes[n] for n in range(rows)))
     x, y = to_float(torch.stack(x), device), to_float(torch.stack(y), device)   # (rows, K+1, 3, S, S)
+    modes = E.training, G.training
     E.eval()
     G.eval()
     e = torch.stack([E(x[n, 1:], y[n, 1:]).mean(0) for n in range(rows)])       # (rows, N)
     grid = torch.stack([x[:, 1], y[:, 0], x[:, 0], G(y[:, 0], e)], dim=1)       # (rows, 4, 3, S, S)
-    E.train()
-    G.train()
+    E.train(modes[0])
+    G.train(modes[1])
     picture = np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)    # (rows S, 4 S, 3)
     with atomic(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
@@ -128,86 +150,63 @@ def sample_grid(path, E, G, episodes, device, rows=8):
 
 def parse():
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
-    add("--out", default="runs/meta", metavar="DIR", help="folder of this run (default: runs/meta)")
-    add("--toy", action="store_true",
-        help=f"drawn heads and small networks; changes the defaults to {TOY_STEPS} steps and {TOY}")
-    add("--epochs", type=int,
-        help="an epoch draws as many episodes as there are videos (75; with --no-match 150)")
+    add = parser.add_argument_group("the paper's").add_argument
+    add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
+    add("--out", metavar="DIR", help=f"folder of this run ({PAPER['out']})")
+    add("--epochs", type=int, help="of as many episodes as there are videos (75; with --no-match 150)")
     add("--steps", type=int, help="instead of --epochs")
-    add("--batch", type=int, default=48, help="episodes per step, over all ranks (48)")
-    add("--K", type=int, default=8, help="frames per episode that the embedder sees (8)")
-    add("--image-size", type=int, default=256, help="64, 128, 256 or 512 (256)")
-    add("--min-channels", type=int, default=64, help="of the first block (64)")
-    add("--max-channels", type=int, default=512, help="at most, and the size of an embedding (512)")
-    add("--lr", type=float, default=5e-5, help="of E and G (5e-5)")
-    add("--lr-d", type=float, default=2e-4, help="of D (2e-4)")
-    add("--content", choices=("vgg", "squeeze", "l1"), default="vgg",
-        help="the content loss; the last two for small machines")
+    add("--batch", type=int, help="episodes per step, over all ranks (48)")
+    add("--K", type=int, help="frames per episode that the embedder sees (8)")
+    add("--image-size", type=int, help="64, 128, 256 or 512 (256)")
+    add("--channels", type=int, nargs="+", metavar="C",
+        help="of the blocks of G's encoder; the last is also the size of an embedding (64 128 256 512)")
+    add("--lr", type=float, help="learning rate of E and G (5e-5)")
+    add("--lr-d", type=float, help="learning rate of D (2e-4)")
+    add("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (vgg)")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, as in the paper")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
-    add("--face", type=float, default=0.0, metavar="WEIGHT",
-        help="of our stand-in for VGGFace, which needs no download, e.g. 3 (0: without it)")
-    add("--face-vector", type=float, default=1.0, metavar="WEIGHT",
-        help="in it, of the last layer, which says who it is, e.g. 6; of the others 1 (1)")
-    add("--ema", type=float, default=0.0, metavar="DECAY",
-        help="checkpoints hold a moving average of E and G, e.g. 0.999 (0: none)")
-    add("--by-frames", action="store_true",
-        help="draw sequences in proportion to their frames: folders of few photos less often")
-    add("--augment", action="store_true", help="recolour episodes and mirror half of them")
-    add("--stills", type=float, default=0.0, metavar="SHARE",
-        help="of the episodes that are made of one frame, warped K + 1 times (0)")
-    add("--psi-gain", type=float, default=1.0, help="psi_hat = gain * P e_hat (1)")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
-    add("--match-weight", type=float, default=10.0, metavar="WEIGHT",
-        help="of the match loss (10; the authors' later code: 0.01)")
-    add("--adversarial-weight", type=float, default=1.0, metavar="WEIGHT",
-        help="of the adversarial loss and feature matching, e.g. 6 beside the face term, see the card (1)")
-    add("--grow-from", metavar="FILE",
-        help="start from a step-N.pt of the same sizes; or, for 128 pixels, of 64 and twice --min-channels")
-    add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is there, see teach.py")
-    add("--save-every", type=int, default=1000, metavar="N",
-        help="steps between checkpoints, of which two stay, and sample grids (1000)")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints, of which two stay (1000)")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0, help="of the networks and the data (0)")
-    if parser.parse_known_args()[0].toy:
-        parser.set_defaults(**TOY)
+    add = parser.add_argument_group("ours").add_argument
+    add("--toy", action="store_true", help="drawn heads and small networks: the defaults of TOY in this file")
+    add("--small", action="store_true", help="as the bundled checkpoint: the defaults of SMALL in this file")
+    add("--content-weight", type=float, metavar="WEIGHT",
+        help="of the content loss beside the others; less of it gives more weight to D (1)")
+    add("--linear-decay", action="store_true", help="let both rates fall linearly to 0 over the run")
+    add("--grow-from", metavar="FILE",
+        help="start from a step-N.pt of the same sizes, or of half the image size without the first channel")
+    add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is (beyond/teach.py)")
+    first, _ = parser.parse_known_args()
+    if first.toy and first.small:
+        raise UserError("--toy and --small exclude each other: name one of them")
+    if first.epochs is not None and first.steps is not None:
+        raise UserError("--epochs and --steps exclude each other: name one of them")
+    parser.set_defaults(**TOY if first.toy else SMALL if first.small else PAPER)
     args = parser.parse_args()
-    if args.steps is None and args.epochs is None and args.toy:
-        args.steps = TOY_STEPS
     if args.epochs is None:
         args.epochs = 150 if args.no_match else 75
+    else:
+        args.steps = None
     check(args)
     return args
 
 
 def check(args):
     check_paths([args.vgg19, args.vggface, args.grow_from])
-    for name in ("ema", "stills"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} {getattr(args, name)}: 0 to 1 is needed")
-    check_least(args, 0, "seed", "face", "face_vector", "match_weight", "adversarial_weight")
+    check_least(args, 0, "seed")
     if args.fix_embedder and not args.grow_from:
         raise UserError("--fix-embedder: from which checkpoint? --grow-from is needed")
-    if args.face and args.vggface:
-        raise UserError("--face stands in for VGGFace: leave it out, or --vggface")
+    if args.toy:
+        check_idle(args, "--toy draws its own heads", "data")
+    args.data = args.data or "prepared"
     if not args.toy and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise UserError(f"--out {args.out}: inside --data, checkpoints would be taken for sequences")
-    for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "psi_gain"):
+    for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "content_weight"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: more than 0 is needed")
-
-
-def find_device(local_rank):
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} ranks or more on this machine, but only "
-                        f"{torch.cuda.device_count()} GPUs")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def find_data(args, rank, world):
@@ -219,12 +218,25 @@ def find_data(args, rank, world):
         videos, shown = ToyHeads(1000, args.image_size), ToyHeads(8, args.image_size, first=1000)
     else:
         videos = shown = PreparedVideos(args.data, args.image_size)
-    flags = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    config = Config(num_videos=len(videos), landmarks=videos.detector, match=not args.no_match, **flags)
-    episodes = Episodes(videos, args.K, slots, seed=args.seed, rank=rank, world=world, config=config)
-    examples = Episodes(shown, args.K, slots=8, seed=args.seed + 1)
+    config = make_config(image_size=args.image_size, channels=args.channels, num_videos=len(videos),
+                         landmarks=videos.detector, content=args.finetune_content, match=not args.no_match,
+                         lr=args.lr, lr_d=args.lr_d, finetune_lr=args.finetune_lr,
+                         finetune_lr_d=args.finetune_lr_d, lips=args.lips)
+    ours = dict(augment=augment if args.augment else None, stills=args.stills)
+    episodes = Episodes(videos, args.K, slots, args.seed, rank, world, **ours)
+    examples = Episodes(shown, args.K, slots=8, seed=args.seed + 1, **ours)
     steps = args.steps or math.ceil(args.epochs * len(videos) / args.batch)
     return config, episodes, examples, steps
+
+
+def run_facts(args, videos, steps, world):
+    """What makes this run another than one with other flags, beside its Config: --resume compares it."""
+    names = ("seed", "batch", "K", "content", "content_weight", "match_weight", "face_weight",
+             "vector_weight", "ema", "augment", "stills", "psi_gain", "fix_embedder")
+    file_name = lambda path: path and Path(path).name
+    return {name: getattr(args, name) for name in names} | {
+        "ranks": world, "data": videos.name, "--vgg19": file_name(args.vgg19),
+        "--vggface": file_name(args.vggface), "steps of --linear-decay": steps if args.linear_decay else None}
 
 
 def make_networks(config, rows, seed, rank, device):
@@ -243,25 +255,26 @@ def main():
     # devices
     args = parse()
     rank, world, local_rank = find_ranks()
-    device = find_device(local_rank)
+    device = device_of_rank(local_rank)
 
     # data
     config, episodes, examples, steps = find_data(args, rank, world)
-    run_id = {"seed": args.seed, "batch": args.batch, "ranks": world, "data": episodes.videos.name,
-              "--vgg19": args.vgg19 and os.path.basename(args.vgg19),
-              "--vggface": args.vggface and os.path.basename(args.vggface)}
+    facts = run_facts(args, episodes.videos, steps, world)
     done = open_run(args.out, args.resume)
-    content = ContentLoss(args.content, args.vgg19, args.vggface, args.face, args.face_vector).to(device)
+    extra = FaceTerm(args.face_weight, args.vector_weight) if args.face_weight and not args.vggface else None
+    content = ContentLoss(args.content, args.vgg19, args.vggface, extra, args.content_weight)
+    content = content.to(device, memory_format=torch.channels_last)
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
 
-    # networks
+    # networks: E and G are the same on every rank, D is each rank's own
     E, G, D = make_networks(config, episodes.rows, args.seed, rank, device)
+    G.P.gain.fill_(args.psi_gain)
     optimizers = make_optimizers(E, G, D, config)
-    averages = (copy.deepcopy(E), copy.deepcopy(G)) if config.ema else (E, G)
+    averages = (copy.deepcopy(E), copy.deepcopy(G)) if args.ema else (E, G)     # what checkpoints hold
 
     # resume
-    training = Training(args.out, config, run_id, (E, G, D), averages, optimizers, rank, world, device)
+    training = Training(args.out, config, facts, (E, G, D), averages, optimizers, rank, world, device)
     start = restore(training)
     if start >= steps:
         print(f"{args.out} is finished: step {start} of {steps}")
@@ -271,26 +284,32 @@ def main():
     if args.grow_from and not start:
         grow(E, G, D, args.grow_from, config, episodes)
         update_average(averages, (E, G), decay=0.0)
-    E.requires_grad_(not config.fix_embedder)
-    only = [local_rank] if device.type == "cuda" else None
-    # A.4: gradients are reduced "only for the generator and the embedder"; D is each rank's own
-    E_ddp = DDP(E, device_ids=only) if world > 1 and not config.fix_embedder else E
-    G_ddp = DDP(G, device_ids=only) if world > 1 else G
+    if args.fix_embedder:
+        E.requires_grad_(False).eval()
+    if device.type == "cuda":
+        for net in (E, G, D.V):
+            net.compile()
+    # A.4: gradients are reduced "only for the generator and the embedder". The buffers need no broadcast,
+    # because equal weights make equal power iterations.
+    E_ddp = DDP(E, broadcast_buffers=False) if world > 1 and not args.fix_embedder else E
+    G_ddp = DDP(G, broadcast_buffers=False) if world > 1 else G
 
     # loop
     log = Log(f"{args.out}/log.csv", start, steps) if rank == 0 else None
-    match_weight = config.match_weight if config.match else 0.0
+    match_weight = args.match_weight if config.match else 0.0
     with Signals() as signals:
         for step, (row, x, y, waited) in enumerate(batches(episodes, start, steps, device), start + 1):
-            values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y,
-                                match_weight, config.adversarial_weight)
-            if config.ema:
-                decay = min(config.ema, step / (step + 10))     # short at first: the random start fades
-                update_average(averages, (E, G), decay)
-            stopping = any_rank([bool(signals.came)], world, device)[0]
+            if args.linear_decay:
+                set_rates(optimizers, config, 1 - (step - 1) / steps)
+            values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
+            if args.ema:
+                update_average(averages, (E, G), average_decay(args.ema, step))
+            ask = world == 1 or step % 10 == 0      # the ranks meet to agree on it, so not in every step
+            stopping = ask and any_rank([bool(signals.came)], world, device)[0]
             saving = step % args.save_every == 0 or step == steps or stopping
-            weights = [*E.parameters(), *G.parameters(), *D.V.parameters()] if saving else []
-            check_finite(values, weights, step, args.out, world)
+            if saving or step % LOG_EVERY == 0:
+                weights = [*E.parameters(), *G.parameters(), *D.V.parameters()] if saving else []
+                check_finite(values, weights, step, args.out, world)
             if rank == 0:
                 log.add(values, waited)
                 if step % LOG_EVERY == 0 or saving:

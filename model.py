@@ -4,12 +4,11 @@
     x_hat = G(y, e_hat)    the generator:     landmarks and a person -> a frame         (eq. 2)
     r     = D(x, y, w)     the discriminator: is x a real frame of this person and pose?  (eq. 5, 8)
 
-Images are (B, 3, S, S) in [-1, 1]: x is a frame, y its landmarks drawn as lines. Numbers in comments are of
-the paper's 256 pixels: E has 15, G 38 and D's V 20 million parameters.
+Images are (B, 3, S, S) in [-1, 1]: x is a frame, y its landmarks drawn as lines. Shapes in the comments are
+those of the paper's 256 pixels, where E has 15 million parameters, G 38 million and D's V 20 million.
 """
 import math
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,52 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from config import Config
-from runtime.files import UserError, save_tensors
 
-FORMAT = 1  # of checkpoints; raised whenever an older file can no longer be read
+
+@dataclass
+class Config:
+    """The sizes of the networks, and what later stages must know of the training. Checkpoints hold it.
+
+    The defaults are the paper's (Sec. 3.4, A.4). ValueError where sizes do not fit together.
+    """
+    image_size: int = 256                   # S: 64, 128, 256 or 512
+    channels: tuple = (64, 128, 256, 512)   # output widths of G's encoder, one per halving; the last is N
+    num_videos: int = 0                     # rows of W; D is built with the number that its rank owns
+    landmarks: str = "fan"                  # the detector that the training data was made with: fan | dlib
+    content: str = "vgg"                    # the content loss: vgg | squeeze | l1
+    match: bool = True                      # False: the FF variant, trained without the match loss
+    lr: float = 5e-5                        # of E and G; constant in the paper's fine-tuning, too
+    lr_d: float = 2e-4                      # of D; likewise
+    finetune_lr: float = 1e-4               # ours: where the rates of our fine-tuning begin, of G ...
+    finetune_lr_d: float = 4e-4             # ... and of D
+    lips: float = 1.0                       # ours: lips are drawn so much farther apart than the driver's
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)
+        if self.image_size not in (64, 128, 256, 512):
+            raise ValueError(f"image size {self.image_size}: it must be 64, 128, 256 or 512")
+        if self.bottleneck not in (8, 16):
+            raise ValueError(f"{len(self.channels)} channels for {self.image_size} pixels: there must be one "
+                             "per halving, down to 8x8 or 16x16")
+        if min(self.channels) < 8:
+            raise ValueError(f"channels {self.channels}: each must be at least 8")
+
+    @property
+    def N(self):
+        """The length of an embedding e_hat."""
+        return self.channels[-1]
+
+    @property
+    def bottleneck(self):
+        """The side of the smallest feature map in G: 16 in the paper."""
+        return self.image_size >> len(self.channels)
+
+    def embedder_channels(self):
+        """Output widths of the blocks of E and V, which halve until 4x4: 64, 128, 256, 512, 512, 512."""
+        widths = list(self.channels[:-1])
+        while self.image_size >> len(widths) > 4:
+            widths.append(min(2 * widths[-1], self.N))
+        return widths[:-1] + [self.N]
 
 
 # ------------------------------------------------------------------------------------- blocks
@@ -52,8 +93,9 @@ def adain(x, psi):
 
     1 + gamma, not gamma: under spectral norm psi = P e starts near zero and would kill the signal.
     """
+    # (1 + gamma) * F.instance_norm(x) + beta, as batch norm of one image of B C channels: a tenth faster in G
     gamma, beta = psi.chunk(2, dim=1)                           # (B, C), (B, C)
-    h = x.flatten(0, 1)[None]       # as batch norm of one image of B * C channels: (1, BC, H, W)
+    h = x.flatten(0, 1)[None]                                   # (1, BC, H, W)
     h = F.batch_norm(h, None, None, (1 + gamma).flatten(), beta.flatten(), training=True)
     return h.view(x.shape)                                      # (B, C, H, W)
 
@@ -61,7 +103,8 @@ def adain(x, psi):
 class DownBlock(nn.Module):
     """Pre-activated residual block of E, V and G's encoder (A.4); down=True halves the resolution.
 
-    first: nothing stands before the first convolution.  norm: affine instance norm, in G's encoder.
+    first: the input is a picture, so that no ReLU stands before the first convolution.
+    norm: with affine instance norm, as in G's encoder.
     """
 
     def __init__(self, c_in, c_out, first=False, norm=False, down=True):
@@ -99,25 +142,38 @@ class AdaBlock(nn.Module):
         h = self.conv2(h)                                       # (B, C_out, 2H, 2W)
         x = self.skip(x)            # before upsampling: the same for a quarter of the work
         if self.up:
-            x = F.interpolate(x, scale_factor=2.0)              # (B, C_out, 2H, 2W): nearest
+            x = F.interpolate(x, scale_factor=2.0, mode="bilinear")     # (B, C_out, 2H, 2W)
         return h + x                                            # (B, C_out, 2H, 2W)
 
 
 def upsample_conv(h, layer):
-    """layer(nearest upsampling of h by 2), as one transposed convolution: for 16/36 of the work."""
+    """layer(bilinear upsampling of h by 2), for less than half of the work.
+
+    Bilinear upsampling is nearest upsampling followed by a [1 2 1]/4 blur in both directions. The blur may as
+    well come after the convolution, which makes a difference in the two outermost pixels only; and nearest
+    upsampling and convolution together are one transposed convolution.
+    """
     k = layer.weight    # read once: each look is a step of power iteration; 4x4 if folded
     k = transposed_kernel(k) if k.shape[-1] == 3 else k
-    return F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)  # (B, C_out, 2H, 2W)
+    h = F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)       # (B, C_out, 2H, 2W)
+    return blur(h)                                                      # (B, C_out, 2H, 2W)
 
 
 def transposed_kernel(weight):
-    """(C_out, C_in, 3, 3) -> (C_in, C_out, 4, 4): the kernel of upsampling and convolution in one.
+    """(C_out, C_in, 3, 3) -> (C_in, C_out, 4, 4): the kernel of nearest upsampling and convolution in one.
 
     Pixel i of the small image stands for pixels 2i and 2i + 1 of the large one: so it is the sum of
     the flipped 3x3 kernel at the two offsets, 0 and 1, in both directions.
     """
     k = weight.flip(2, 3).transpose(0, 1)                       # (C_in, C_out, 3, 3)
     return sum(F.pad(k, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
+
+
+def blur(h):
+    """The [1 2 1]/4 blur in both directions. The border is repeated, because zeros would darken it."""
+    k = torch.tensor([0.25, 0.5, 0.25], device=h.device, dtype=h.dtype)
+    k = (k[:, None] * k).expand(h.shape[1], 1, 3, 3)            # (C, 1, 3, 3): each channel by itself
+    return F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), k, groups=h.shape[1])     # (B, C, H, W)
 
 
 # ----------------------------------------------------------------------------------- networks
@@ -130,9 +186,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, cfg, last_block):
         super().__init__()
-        widths = [6, *cfg.widths(int(math.log2(cfg.image_size)) - 2)]  # 6, 64, ..., 512, 512, 512
+        widths = [6, *cfg.embedder_channels()]                  # 6, 64, 128, 256, 512, 512, 512
         self.blocks = nn.ModuleList(
-            DownBlock(a, b, first=a == 6) for a, b in zip(widths, widths[1:]))
+            DownBlock(a, b, first=k == 0) for k, (a, b) in enumerate(zip(widths, widths[1:])))
         if last_block:  # V's additional block at 4x4 (Sec. 3.4)
             self.blocks.append(DownBlock(widths[-1], widths[-1], down=False))
         self.attention_after = int(math.log2(cfg.image_size // 32))  # 3 blocks lead to 32x32
@@ -168,32 +224,35 @@ class Generator(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        N, size = cfg.max_channels, cfg.image_size
-        down = [3, *cfg.widths(4 if size > 64 else 3)]                  # 3, 64, 128, 256, 512
-        up = [N, *reversed(down[1:])]                                   # 512, 512, 256, 128, 64
+        N = cfg.N
+        down = [3, *cfg.channels]                                       # 3, 64, 128, 256, 512
+        up = [N, *reversed(cfg.channels)]                               # 512, 512, 256, 128, 64
         self.down = nn.ModuleList(
-            DownBlock(a, b, first=a == 3, norm=True) for a, b in zip(down, down[1:]))
+            DownBlock(a, b, first=k == 0, norm=True) for k, (a, b) in enumerate(zip(down, down[1:])))
         self.bottleneck = nn.ModuleList(AdaBlock(N, N) for _ in range(4))
         self.up = nn.ModuleList(AdaBlock(a, b, up=True) for a, b in zip(up, up[1:]))
         self.to_rgb = conv(up[-1], 3, 3)
 
-        self.attention_down_after = int(math.log2(size // 32))  # in the encoder at 32x32
+        self.attention_down_after = int(math.log2(cfg.image_size // 32))    # in the encoder at 32x32
         self.attention_down = SelfAttention(down[self.attention_down_after])
-        high = 64 if size >= 256 else 32                        # in the decoder at 64x64
-        self.attention_up_after = len(self.down) - int(math.log2(size // high))
-        self.attention_up = SelfAttention(up[self.attention_up_after])
+        self.attention_up_after = 2                     # in the decoder at 4 times the bottleneck: 64x64
+        self.attention_up = SelfAttention(up[2])
 
-        # One linear layer for every gamma and beta (A.4). With a bias: what all people have in common
-        # need not pass through P, whose norm of 1 is left for the differences between them.
+        # One linear layer for every gamma and beta (A.4), in the order in which render() uses them: two
+        # slices for each block of the bottleneck, two for each block of the decoder, one for the final AdaIN.
+        # It has a bias: what all people have in common need not pass through P e, whose norm under spectral
+        # normalisation is left for the differences between people.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
-        self.P, self.gain = spectral_norm(nn.Linear(N, sum(self.psi_sizes))), cfg.psi_gain  # 13,056
+        self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056
         nn.init.zeros_(self.P.bias)
-        self.P.register_buffer("mean", torch.zeros(N))          # of e over people, where known: teach.py
+        # ours: fixed numbers that beyond/teach.py sets, 0 and 1 in the paper
+        self.P.register_buffer("mean", torch.zeros(N))          # of e over people
+        self.P.register_buffer("gain", torch.ones(()))          # spectral normalisation holds |P| at 1
 
     def project(self, e):
         """psi_hat = P e_hat: (B, N) -> (B, |psi_hat|), what makes the person (Sec. 3.1)."""
         with torch.autocast(e.device.type, enabled=False):      # gamma is small beside 1: float32
-            return self.gain * self.P(e - self.P.mean)
+            return self.P.gain * self.P(e - self.P.mean)
 
     def render(self, y, psi_hat):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi_hat (B, |psi_hat|) -> (B, 3, S, S)."""
@@ -235,7 +294,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        N = cfg.max_channels
+        N = cfg.N
         self.V = ConvNet(cfg, last_block=True)
         self.w0 = nn.Parameter(torch.empty(N).uniform_(-1 / math.sqrt(N), 1 / math.sqrt(N)))
         self.b = nn.Parameter(torch.zeros(()))
@@ -248,82 +307,10 @@ class Discriminator(nn.Module):
         nn.init.uniform_(self.W, 0.4, 0.6)
 
     def rows(self, i):
-        """W_i: i (B,) long -> (B, N). A sparse gradient: any number of videos costs the same."""
-        return F.embedding(i, self.W, sparse=True)
+        """W_i: i (B,) long -> (B, N)."""
+        return F.embedding(i, self.W)
 
     def forward(self, x, y, w):
         """x, y (B, 3, S, S); w (B, N) or (N,) -> score (B,), [the output of each of V's blocks]."""
         v, features = self.V(x, y)                              # (B, N)
         return (v * w).sum(dim=1) + self.b, features            # (B,)
-
-
-# -------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path, kind, config, step=0, **parts):
-    """Write a flat dict of tensors and plain values that loads under weights_only=True, atomically.
-
-    kind "meta": E=, G=, V= modules, w0=, b= tensors.  "person": as finetune.save_person says.
-    A module's tensors are stored under "NAME.key", a tensor under its name.
-    """
-    state = {"format": FORMAT, "kind": kind, "step": step, "config": asdict(config)}
-    for name, part in parts.items():
-        tensors = part.state_dict(prefix=f"{name}.") if isinstance(part, nn.Module) else {name: part}
-        state |= {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    save_tensors(state, path)
-
-
-def load_checkpoint(path, device="cpu", kind="meta"):
-    """Read what save_checkpoint wrote: the flat dict, "config" a Config. UserError otherwise."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which we refuse below
-            state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
-    except Exception as e:  # torch.load raises a dozen types on damaged or foreign files
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
-    if not isinstance(state, dict) or not {"format", "kind", "config"} <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of this project")
-    if state["format"] != FORMAT:
-        raise UserError(f"{path} has format {state['format']}; this code reads format {FORMAT}")
-    if state["kind"] != kind:
-        origin = {"meta": "meta_train.py", "person": "finetune.py or infer.py --save-person"}[kind]
-        raise UserError(f"{path} is a {state['kind']} file; a {kind} file is needed, from {origin}")
-    try:
-        config = dict(state["config"])
-        clamp = config.pop("adain_clamp", 0)            # of before AdaIN lost it
-        state["config"] = Config(**config)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path} has a config that this code does not know: {e}") from None
-    if clamp:
-        raise UserError(f"{path} is of when AdaIN had a clamp, and would flicker without: make it anew")
-    if kind == "meta" and "G.P.bias" not in state:      # from before P had one
-        state["G.P.bias"] = state["w0"].new_zeros(len(state["G.P.parametrizations.weight.original"]))
-    if kind == "meta":
-        state.setdefault("G.P.mean", torch.zeros_like(state["w0"]))
-    return state
-
-
-def _fill(module, state, prefix=""):
-    try:
-        part = {k: state[prefix + k] for k in module.state_dict()}
-        module.load_state_dict(part)
-    except (KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit its own config: {reason}") from None
-    return module.to(next(iter(part.values())).device).eval()
-
-
-def load_networks(state):
-    """E, G, D of a "meta" checkpoint, in eval mode; D without W, which only the training keeps."""
-    config = state["config"]
-    E = _fill(Embedder(config), state, "E.")
-    G = _fill(Generator(config), state, "G.")
-    D = Discriminator(replace(config, num_videos=0))
-    return E, G, _fill(D, state | {"W": D.W.detach()})
-
-
-def load_person(state):
-    """G (folded, without P) and psi' (|psi_hat|,) of a loaded "person" checkpoint."""
-    G = Generator(state["config"])
-    G.P = nn.Identity()  # psi' has taken its place (Sec. 3.3)
-    return _fill(G.fold(), state, "G."), state["psi"]

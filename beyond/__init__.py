@@ -1,1 +1,1 @@
-"""What the paper does not have: adaptation to a driver, likeness, teaching, growing, drawn heads."""
+"""Ours: adapting a driver, an identity loss, teaching E, growing, a recognition network, drawn heads."""

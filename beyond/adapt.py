@@ -1,98 +1,112 @@
-"""Someone else drives: the source's face under the driver's motion.
+"""Ours: adapt a driver's landmarks to the face of the person whom they drive (the source).
 
-The paper feeds the driver's landmarks as they are, and names the limit itself: "lack of landmark
-adaptation ... leads to a noticeable personality mismatch". This goes beyond it, with the linear 3-D face
-of face3d.py. Its coefficients z are who somebody is plus what the face is doing; how they vary between
-people and within one person tells the two apart. So a source keeps its identity and takes over the
-driver's movements.
+The paper feeds the driver's landmarks to G as they are, and names the limitation itself: "the lack of
+landmark adaptation" leads to "a noticeable personality mismatch" when the driver is somebody else. This
+module goes beyond the paper, with the linear 3-D face model of face3d.py. The model describes a face by
+coefficients z, which are the sum of an identity (who somebody is) and an expression (what the face is
+doing). The two can be separated because the model knows how z varies between people and how it varies
+within one person. The source keeps its identity and takes over the driver's movements.
 """
 from typing import NamedTuple
 
 import numpy as np
 
-from beyond.face3d import (LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, gaps, openings, project,
-                           rotation, shapes)
-from media.faces import face_box, shots
+from beyond.face3d import (LIDS, LIPS, LOWER, UPPER, Fit, chunks, down, fit, openings, project, rotation,
+                           shape_openings, shapes)
+from media.crops import face_box
 
-CLIP = 4                            # the frames of a clip are worth so many independent photos
-TURN = np.radians([50, 30])         # relative motion brings no head beyond this yaw and pitch
-SHUT = 0.005                        # lips that touch, in eye distances
-OUTER_UPPER, OUTER_LOWER = np.array([50, 51, 52]), np.array([58, 57, 56])   # they go with the inner lips
+CLIP_WEIGHT = 4                         # a clip of 4 or more frames counts as 4 independent photos
+MAX_ROTATION = np.radians([50, 30])     # the yaw and pitch to which relative motion is limited
+CLOSED = 0.005                          # the opening of closed lips, in eye distances
+# Points of the outer lips. They are moved together with the inner lips.
+OUTER_UPPER, OUTER_LOWER = np.array([50, 51, 52]), np.array([58, 57, 56])
 
 
 class Source(NamedTuple):
-    """Whose face it is."""
+    """The face of the source: identity and residual from all photos and clips, the rest from the first."""
     identity: np.ndarray    # (K,)
-    rest: np.ndarray        # (68, 3): what the model cannot say of this face, in the face's plane
-    pose: np.ndarray        # (6,): of the photo, in its crop
-    z: np.ndarray           # (K,): of the photo, identity and expression
-    opening: np.ndarray     # (7,): of the photo's lids and lips
+    residual: np.ndarray    # (68, 3): what the model cannot express of this face, in the head's own axes
+    pose: np.ndarray        # (6,): of the first photo, in its crop
+    z: np.ndarray           # (K,): of the first photo, identity and expression together
+    opening: np.ndarray     # (7,): of the lids and lips on the first photo, in eye distances
 
 
-# ------------------------------------------------------------------------------------------- who it is
+# ------------------------------------------------------------------------------------------- identity
 
-def identity(means, counts, face):
-    """Who it is: the posterior's mean, people and a person's photos both being Gaussian -> (K,).
+def identity(means, counts, model):
+    """The posterior mean of a person's identity -> (K,).
 
-    means (m, K): z of each photo, or its mean over a clip.  counts (m,): how many photos each is worth.
+    Both identities and the deviations of a person's photos from their identity are taken to be Gaussian.
+    means (m, K): z of each photo, or its mean over a clip.
+    counts (m,): the number of independent photos that each of them is worth.
     """
     mean = np.average(means, axis=0, weights=counts)
-    return face.between @ np.linalg.solve(face.between + face.within / np.sum(counts), mean)
+    return model.between @ np.linalg.solve(model.between + model.within / np.sum(counts), mean)
 
 
-def describe(parts, face):
-    """Landmarks (m, 68, 2) of each photo (m = 1) and each clip, in pixels of their crops -> Source.
+def describe(landmarks, model):
+    """The landmarks of a person's photos and clips -> Source.
 
-    The first face of all gives pose and expression, as it gives the picture in a person file.
+    landmarks: a list of arrays (m, 68, 2), one for each photo (m = 1) or clip, in pixels of their crops.
+    The pose and the expression are those of the first face, which is also the picture in a person file.
     """
-    fits = [fit(points, face) for points in parts]
-    counts = [min(len(points), CLIP) for points in parts]
-    who = identity([f.z.mean(0) for f in fits], counts, face)
-    lifted = [(f.rest @ rotation(f.pose)).mean(0) for f in fits]                        # (68, 3) each
-    rest = np.average(lifted, axis=0, weights=counts)
-    return Source(who, rest, fits[0].pose[0], fits[0].z[0], fits[0].opening[0])
+    fits = [fit(points, model) for points in landmarks]
+    counts = [min(len(points), CLIP_WEIGHT) for points in landmarks]
+    who = identity([f.z.mean(0) for f in fits], counts, model)
+    # residuals in the picture, turned back into the head's axes: (68, 3) for each photo or clip
+    residuals = [(f.residual @ rotation(f.pose)).mean(0) for f in fits]
+    residual = np.average(residuals, axis=0, weights=counts)
+    first = fits[0]
+    return Source(who, residual, first.pose[0], first.z[0], first.opening[0])
 
 
-# ----------------------------------------------------------------------------------------- steadiness
+# ------------------------------------------------------------------------------------- removing jitter
 
-def steady(f, seconds, shot, found):
-    """The Fit of a track without the detector's tremble, but for its rest.
+def steady(fitted, seconds, shot, found):
+    """Remove the detector's jitter from the Fit of a track -> Fit, without the residual.
 
-    seconds (n,).  shot (n,): nothing is mixed across a cut.  found (n,): a frame without a face lies
-    between its neighbours.
+    seconds (n,): the times of the frames.
+    shot (n,): the number of the shot that each frame belongs to. Nothing is averaged across a cut.
+    found (n,): whether a face was found. A frame without one is interpolated between its neighbours.
     """
-    values = np.concatenate([f.pose, f.z, f.opening], axis=1)
+    values = np.concatenate([fitted.pose, fitted.z, fitted.opening], axis=1)
     noise = np.zeros(values.shape[1])
-    if found.sum() > 3:     # third differences: of movements small, of white noise 20 times its variance
+    if found.sum() > 3:
+        # The third differences of a movement are small, and those of white noise have 20 times its variance.
+        # The median of |x| is 0.6745 standard deviations of a Gaussian x.
         third = np.abs(np.diff(values[found], 3, axis=0))
         noise = np.median(third, axis=0) / 0.6745 / 20 ** 0.5
     pose, z, lids, lips = slice(0, 6), slice(6, -7), slice(-7, -3), slice(-3, None)
     for number in np.unique(shot):
-        own = np.flatnonzero(shot == number)
-        seen = own[found[own]]
+        frames = np.flatnonzero(shot == number)
+        with_face = frames[found[frames]]
         for column in values.T:
-            column[own] = np.interp(seconds[own], seconds[seen], column[seen])
+            column[frames] = np.interp(seconds[frames], seconds[with_face], column[with_face])
+        # lids, and lips, are smoothed together, because both eyes close at once
         for part, sigma, width in (pose, 0.12, 5), (z, 0.1, 4), (lids, 0.08, 2), (lips, 0.08, 2):
-            values[own, part] = smooth(values[own, part], seconds[own], sigma, width * noise[part],
-                                       together=part in (lids, lips))       # both lids close at once
+            values[frames, part] = smooth(values[frames, part], seconds[frames], sigma, width * noise[part],
+                                          together=part in (lids, lips))
     return Fit(values[:, pose], values[:, z], values[:, -7:], None)
 
 
 def smooth(values, seconds, sigma, width, together):
-    """Still what only trembles, keep what moves: values (n, d), columns together or one by one.
+    """A bilateral filter over time: values (n, d) -> (n, d).
 
-    A bilateral filter: a frame counts in so far as it is near in time (sigma, in seconds) and in value
-    (width (d,)). So a blink keeps its depth, and nothing comes late.
+    The weight of a neighbouring frame falls with its distance in time (sigma, in seconds) and with the
+    difference of its value (width (d,)). So noise is averaged away while a blink keeps its depth, and nothing
+    is delayed. together: all columns of a frame share one weight, which depends on all their differences.
     """
     n, result = len(values), values
     reach = min(n - 1, int(3 * sigma / np.median(np.diff(seconds)))) if n > 1 else 0
-    for _ in range(2):      # the second time, values are compared with the first result
+    for _ in range(2):      # the second pass compares with the result of the first, which is less noisy
         total, weights = np.zeros_like(values), np.zeros_like(values)
         for k in range(-reach, reach + 1):
             here, there = slice(max(0, -k), n - max(0, k)), slice(max(0, k), n - max(0, -k))
-            late = ((seconds[there] - seconds[here])[:, None] / sigma) ** 2
-            far = ((values[there] - result[here]) / (width + 1e-9)) ** 2
-            weight = np.exp(-0.5 * (late + (far.sum(1, keepdims=True) if together else far)))
+            in_time = ((seconds[there] - seconds[here])[:, None] / sigma) ** 2
+            in_value = ((values[there] - result[here]) / (width + 1e-9)) ** 2
+            if together:
+                in_value = in_value.sum(1, keepdims=True)
+            weight = np.exp(-0.5 * (in_time + in_value))
             total[here] += weight * values[there]
             weights[here] += weight
         result = total / weights.clip(1e-30)
@@ -101,70 +115,75 @@ def smooth(values, seconds, sigma, width, together):
 
 # --------------------------------------------------------------------------------------------- motion
 
-def adapt(track, source, motion, size, face, lips):
-    """The landmarks that drive `source`: Track of n frames -> (n, 68, 2), pixels of a size x size crop.
+def adapt(track, source, motion, size, model, lips):
+    """The landmarks that drive `source`: a Track of n frames -> (n, 68, 2), in pixels of a size x size crop.
 
-    motion "relative": the photo's pose and expression plus the driver's change from its own neutral,
-    framed as the photo.  "absolute": the driver's pose and expression on the source's shape, framed as the
-    driver.  In both, lips open `lips` times as far as the driver's, and lids by the driver's share.
-    "paper": the driver's landmarks as they are.
+    motion "relative": the pose and expression of the source's photo, plus the difference between the driver's
+    and the driver's own neutral (the median over the track). The crop is that of the photo.
+    motion "absolute": the driver's pose and expression on the source's shape. The crop is that of the driver.
+    motion "paper": the driver's landmarks as they are.
+    In the first two, the lips open `lips` times as far as the driver's, and the source's lids close by the
+    same share of their opening as the driver's.
     """
     points, found = track.in_crops(size), track.found
     if motion == "paper":
         return points
-    driver = steady(fit(points, face), track.seconds(), shots(face_box(track.points)), found)
-    neutral_pose, neutral_z, neutral_opening = (np.median(part[found], axis=0) for part in driver[:3])
-    opening = take_over(driver.opening, neutral_opening, source, face, lips)
+    driver = steady(fit(points, model), track.seconds(), track.shots(), found)
+    neutral_pose, neutral_z, neutral_opening = (np.median(values[found], axis=0) for values in driver[:3])
+    opening = transfer_openings(driver.opening, neutral_opening, source, model, lips)
 
     if motion == "relative":
         change = driver.pose - neutral_pose
-        change[:, 4:] *= np.exp(source.pose[3] - neutral_pose[3])   # the photo's head may be larger
-        pose = limited(source.pose + change, source)
-        return place(pose, source.z + driver.z - neutral_z, opening, source, face)
+        change[:, 4:] *= np.exp(source.pose[3] - neutral_pose[3])   # shifts grow with the head on the photo
+        pose = limit_rotation(source.pose + change, source)
+        return place(pose, source.z + driver.z - neutral_z, opening, source, model)
 
-    who = identity([driver.z[found].mean(0)], [min(found.sum(), CLIP)], face)
-    result = place(driver.pose, source.identity + driver.z - who, opening, source, face)
+    driver_identity = identity([driver.z[found].mean(0)], [min(found.sum(), CLIP_WEIGHT)], model)
+    result = place(driver.pose, source.identity + driver.z - driver_identity, opening, source, model)
+    # the crop depends on the shape of the face, so it is taken anew: a longer face needs a wider one
     box, wanted = np.median(face_box(result), axis=0), np.median(face_box(points), axis=0)
-    return (result - box[:2]) * (wanted[2] / box[2]) + wanted[:2]   # a longer face needs a wider crop
+    return (result - box[:2]) * (wanted[2] / box[2]) + wanted[:2]
 
 
-def limited(pose, source):
-    """pose (n, 6), turned and nodded no farther than TURN, or than the photo is."""
-    limit = np.maximum(TURN, np.abs(source.pose[:2]))
+def limit_rotation(pose, source):
+    """Poses (n, 6) with yaw and pitch limited to MAX_ROTATION, or to the photo's own where that is larger."""
+    limit = np.maximum(MAX_ROTATION, np.abs(source.pose[:2]))
     return np.concatenate([pose[:, :2].clip(-limit, limit), pose[:, 2:]], axis=1)
 
 
-def awake(source, face):
-    """The source's opening (7,): the photo may be of a blink."""
-    expected = gaps(face.mean + np.tensordot(source.identity, face.basis, 1))
+def opening_when_awake(source, model):
+    """The openings (7,) on the photo, or 0.7 of the expected ones if larger: the photo may show a blink."""
+    expected = shape_openings(model.mean + np.tensordot(source.identity, model.basis, 1))
     return np.maximum(source.opening, 0.7 * expected)
 
 
-def take_over(driver, neutral, source, face, lips):
-    """Openings of the driver (n, 7) and of its neutral (7,) -> of the source (n, 7)."""
-    share = driver / np.maximum(neutral, 0.4 * gaps(face.mean))     # the driver may be asleep
-    lids = (awake(source, face) * share.clip(0, 1.6))[:, LIDS]
-    apart = (driver[:, LIPS] - SHUT).clip(0)
-    return np.concatenate([lids, SHUT + lips * apart], axis=1)
+def transfer_openings(driver, neutral, source, model, lips):
+    """The driver's openings (n, 7), and their neutral values (7,) -> the source's openings (n, 7)."""
+    # the driver's eyes may be closed most of the time, so the neutral values have a lower bound
+    share = driver / np.maximum(neutral, 0.4 * shape_openings(model.mean))
+    lids = (opening_when_awake(source, model) * share.clip(0, 1.6))[:, LIDS]
+    apart = (driver[:, LIPS] - CLOSED).clip(0)
+    return np.concatenate([lids, CLOSED + lips * apart], axis=1)
 
 
-def place(pose, z, opening, source, face):
-    """pose (n, 6), z (n, K), opening (n, 7) -> landmarks (n, 68, 2) of the source, with this opening."""
-    return np.concatenate([_place(pose[rows], z[rows], opening[rows], source, face)
+def place(pose, z, opening, source, model):
+    """The source's landmarks (n, 68, 2) with these poses (n, 6), coefficients (n, K) and openings (n, 7)."""
+    return np.concatenate([_place(pose[rows], z[rows], opening[rows], source, model)
                            for rows in chunks(len(pose))])
 
 
-def _place(pose, z, opening, source, face):
-    shape = shapes(pose, z, face) + source.rest
+def _place(pose, z, opening, source, model):
+    shape = shapes(pose, z, model) + source.residual
 
-    # the likeliest expression with these lips: the jaw goes along
-    of_z = gaps(face.basis).T[LIPS]                                                     # (3, K)
-    spread = of_z @ face.within @ of_z.T + 2 * face.noise * np.eye(3)
-    gain = face.within @ of_z.T @ np.linalg.inv(spread)                                 # (K, 3)
-    shape += np.tensordot((opening - gaps(shape))[:, LIPS] @ gain.T, face.basis, 1)
+    # (1) The most likely expression, given the openings of the lips, so that the jaw moves with them.
+    lips_of_z = shape_openings(model.basis).T[LIPS]                                     # (3, K)
+    covariance = lips_of_z @ model.within @ lips_of_z.T + 2 * model.noise * np.eye(3)   # (3, 3)
+    gain = model.within @ lips_of_z.T @ np.linalg.inv(covariance)                       # (K, 3)
+    shape += np.tensordot((opening - shape_openings(shape))[:, LIPS] @ gain.T, model.basis, 1)
     points = project(pose, shape)
 
-    # what is missing yet, half from the upper lid or lip and half from the lower: never crossed
+    # (2) Correct what is still missing, half of it at the upper and half at the lower lid or lip. After this
+    # the openings are exact, so lips never cross.
     move = 0.5 * (opening - openings(points, pose))[..., None] * down(pose)[:, None]    # (n, 7, 2)
     points[:, UPPER] -= move
     points[:, LOWER] += move
@@ -173,27 +192,32 @@ def _place(pose, z, opening, source, face):
     return points.astype(np.float32)
 
 
-def random_poses(source, face, seed=0):
-    """Yield landmarks (68, 2) without end: the source in other poses and with other expressions.
+# --------------------------------------------------------------------------- other poses of the source
 
-    In pixels of its photo's crop. The same seed gives the same ones.
+def random_poses(source, model, seed=0):
+    """Yield landmarks (68, 2) without end: the source in random poses and with random expressions.
+
+    They are in pixels of the photo's crop. The same seed yields the same landmarks.
     """
-    rng, spread = np.random.default_rng(seed), np.linalg.cholesky(face.within)
+    rng, spread = np.random.default_rng(seed), np.linalg.cholesky(model.within)
     while True:
-        turned = rng.uniform(-1, 1, 3) * np.radians([30, 15, 12])       # yaw, pitch, roll
-        pose = limited(source.pose[None] + np.append(turned, [0, 0, 0]), source)
+        rotated = rng.uniform(-1, 1, 3) * np.radians([30, 15, 12])      # yaw, pitch, roll
+        pose = limit_rotation(source.pose[None] + np.append(rotated, [0, 0, 0]), source)
         z = source.z + 0.7 * spread @ rng.standard_normal(len(source.z))
-        lids = awake(source, face)[LIDS] * rng.uniform(0.1, 1.2)
-        lips = np.full(3, SHUT) if rng.random() < 0.4 else rng.uniform(SHUT, 0.25, 3)
-        yield place(pose, z[None], np.concatenate([lids, lips])[None], source, face)[0]
+        lids = opening_when_awake(source, model)[LIDS] * rng.uniform(0.1, 1.2)
+        lips = np.full(3, CLOSED) if rng.random() < 0.4 else rng.uniform(CLOSED, 0.25, 3)
+        yield place(pose, z[None], np.concatenate([lids, lips])[None], source, model)[0]
 
 
-def views(source, face, yaws):
-    """The photo's own expression from new viewpoints (Fig. 6): yaws (n,) in degrees -> (n, 68, 2)."""
-    repeat = lambda part: np.tile(part, (len(yaws) + 1, 1))
+def views(source, model, yaws):
+    """The photo's own expression from new viewpoints (Fig. 6): yaws (n,) in degrees -> (n, 68, 2).
+
+    All are framed as the photo is, in pixels of its crop.
+    """
+    repeat = lambda value: np.tile(value, (len(yaws) + 1, 1))       # the photo as it is comes first
     pose = repeat(source.pose)
     pose[1:, 0] = np.radians(yaws)
-    points = place(pose, repeat(source.z), repeat(source.opening), source, face)
+    points = place(pose, repeat(source.z), repeat(source.opening), source, model)
     box = face_box(points)[:, None]
-    frame = box[:1]                                         # of the photo as it is
-    return ((points - box[..., :2]) * (frame[..., 2:] / box[..., 2:]) + frame[..., :2])[1:]
+    wanted = box[:1]
+    return ((points - box[..., :2]) * (wanted[..., 2:] / box[..., 2:]) + wanted[..., :2])[1:]

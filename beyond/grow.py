@@ -1,9 +1,10 @@
-"""Start a training from a smaller checkpoint: a network of 64 pixels is inside one of 128.
+"""Start a training from a checkpoint of the same size, or of half the size.
 
-The blocks of a 128-pixel network with widths 16 to 256 are those of a 64-pixel one with widths 32 to 256,
-and one more outside. (From 128 to 256 it is not so: G's encoder ends in 16x16 there, and gains no block.)
-So `meta_train.py --grow-from step-N.pt` copies what fits and leaves the outer blocks fresh; but the new first
-block of E, V and G's encoder passes the halved picture on, and the next one sees what it saw as the first.
+The blocks of a 256-pixel network with channels (16, 16, 32, 64, 256) are those of a 128-pixel one with
+(16, 32, 64, 256), and one more outside; likewise for any size and any first width. So `meta_train.py
+--grow-from step-N.pt` copies what the two have in common. It arranges the new blocks so that the first
+pictures are nearly the old ones, enlarged: the new first block of E, V and G's encoder passes on the halved
+picture, and the new last block of G passes on what it gets.
 """
 import re
 
@@ -11,57 +12,86 @@ import torch
 from torch import nn
 
 from data import to_float, to_tensors
-from model import load_checkpoint
+from runtime.checkpoint import load_checkpoint
 from runtime.files import UserError
+
+QUIET = 0.1     # of the new last block of G: what is left of its main path at first
 
 
 @torch.no_grad()
 def grow(E, G, D, path, config, episodes):
-    """Fill E, G, V, w0 and b from a checkpoint of the same size, or of 64 for 128 pixels; W from E itself.
+    """Fill E, G, V, w0 and b from a checkpoint of the same size or of half; W from E itself.
 
     config, episodes: of the new run, the latter this rank's. UserError where sizes or widths do not fit.
     """
-    # the old tensors, under their new names: blocks are numbered from the outside
     state = load_checkpoint(path)
     was = state["config"]
-    shift = int((was.image_size, config.image_size) == (64, 128))
-    widths = config.min_channels << shift, config.max_channels
-    if config.image_size != was.image_size << shift or widths != (was.min_channels, was.max_channels):
-        raise UserError(
-            f"--grow-from {path}: it has {was.image_size} pixels and {was.min_channels} to {was.max_channels}"
-            " channels; all the same is needed, or for 128 pixels 64 and twice --min-channels")
-    if config.psi_gain != was.psi_gain:
-        raise UserError(f"--grow-from {path}: it was made with --psi-gain {was.psi_gain:g}, "
-                        "which P goes with")
-    renumbered = lambda m: f"{m[1]}.{int(m[2]) + shift}."
+    same = (was.image_size, was.channels) == (config.image_size, config.channels)
+    half = (2 * was.image_size, was.channels) == (config.image_size, config.channels[1:])
+    if not same and not half:
+        channels = lambda c: " ".join(map(str, c.channels))
+        raise UserError(f"--grow-from {path}: it has {was.image_size} pixels and channels {channels(was)}, "
+                        f"and this run {config.image_size} and {channels(config)}. The same is needed, or "
+                        "here twice the pixels and one more channel in front")
+
+    # the old tensors, under their new names: blocks are numbered from the outside
+    renumbered = lambda m: f"{m[1]}.{int(m[2]) + half}."
     old = {re.sub(r"^(E\.net\.blocks|V\.blocks|G\.down)\.(\d+)\.", renumbered, key): value
            for key, value in state.items() if torch.is_tensor(value)}
+    if half:
+        rows = old_rows_of_psi(G, was.channels[0])
+        for key in [key for key in old if key.startswith("G.P.")]:
+            if len(old[key].shape) and len(old[key]) == len(rows):     # one row for each number of psi_hat
+                new = old[key].new_zeros(len(G.P.bias), *old[key].shape[1:])
+                new[rows] = old[key]
+                old[key] = new
 
     # what fits is copied
     copied = 0
     for prefix, net in (("E.", E), ("G.", G), ("V.", D.V)):
         for key, new in net.state_dict(prefix=prefix).items():  # the parameters themselves
-            if key not in old:
-                continue
-            if key.startswith("G.P.") and new.ndim:
-                old[key] = padded(old[key], len(new))           # psi_hat of the new layers: zeros
-            if old[key].shape == new.shape:
+            if key in old and old[key].shape == new.shape:
                 new.copy_(old[key])
                 copied += new.numel()
     D.w0.copy_(old["w0"])
     D.b.copy_(old["b"])
-    if shift:
+    if half:
         see_through(E.net.blocks, old, "E.net.blocks.1", c=6)
         see_through(D.V.blocks, old, "V.blocks.1", c=6)
         see_through(G.down, old, "G.down.1", c=3)
+        if config.channels[0] >= was.channels[0]:
+            pass_on(G, old, was.channels[0])
     embed_rows(E, D, episodes)
     print(f"{copied / 1e6:.1f} million numbers of the networks are from {path}")
 
 
-def padded(tensor, rows):
-    """Zeros below, up to `rows` rows; a vector that is not P's output is as long already."""
-    missing = max(0, rows - len(tensor))
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+def old_rows_of_psi(G, c):
+    """Where the numbers of the smaller G's psi_hat are in that of G: their indices, (|psi_hat| of the old,).
+
+    c: channels of the smaller one's last block. What its final AdaIN had goes to the first c channels of
+    the new final AdaIN, or, where that has fewer, to the AdaIN that now follows the same block.
+    """
+    *before, _, _, final = G.psi_sizes      # the last three slices are new: two of a block, and the final one
+    first = sum(before)
+    a = final // 2
+    if a < c:
+        return torch.arange(first + 2 * c)
+    gammas = sum(G.psi_sizes) - final + torch.arange(c)
+    return torch.cat([torch.arange(first), gammas, gammas + a])
+
+
+def pass_on(G, old, c):
+    """Let G's new last block pass on its c input channels, and the last convolution read them as before."""
+    block, (size2, final) = G.up[-1], G.psi_sizes[-2:]
+    raw(block.skip).mul_(0.1)       # so that the identity has the largest singular value
+    raw(block.skip)[:c] = torch.eye(c)[..., None, None]
+    block.skip.bias[:c] = 0
+    gammas = len(G.P.bias) - final - size2 + torch.arange(size2 // 2)
+    G.P.bias[gammas] = (QUIET - 1) / G.P.gain       # 1 + gamma is QUIET
+    raw(G.to_rgb).mul_(0.1)
+    raw(G.to_rgb)[:, :c] = old["G.to_rgb.parametrizations.weight.original"]
+    G.to_rgb.bias.copy_(old["G.to_rgb.bias"])
+    restart(block.skip, G.to_rgb)
 
 
 def see_through(blocks, old, name, c):
@@ -71,7 +101,6 @@ def see_through(blocks, old, name, c):
     The other channels are fresh, and read by nobody yet. old[name + ...]: the second block as it was.
     """
     outer, inner = blocks[0], blocks[1]
-    raw = lambda conv: conv.parametrizations.weight.original
 
     # the new first block: its input, halved by the pooling, plus 1
     raw(outer.conv2)[:c] = 0
@@ -88,22 +117,34 @@ def see_through(blocks, old, name, c):
         raw(conv)[:, :c] = weight
         normalised = weight / (u @ weight.flatten(1) @ v)       # by spectral normalisation
         conv.bias.copy_(old[f"{key}bias"] - normalised.sum((1, 2, 3)))
-    for conv in (outer.conv2, outer.skip, inner.conv1, inner.skip):  # the power iteration starts anew
-        conv.parametrizations.weight[0]._power_method(raw(conv).flatten(1), 30)
+    restart(outer.conv2, outer.skip, inner.conv1, inner.skip)
     if not isinstance(inner.norm1, nn.Identity):
         # landmarks are lines on black: -1 + 0.04 on average, with a deviation of 0.25
         inner.norm1.weight[:c] = 0.25
         inner.norm1.bias[:c] = 0.04
 
 
+def raw(conv):
+    """The weight of a convolution before spectral normalisation."""
+    return conv.parametrizations.weight.original
+
+
+def restart(*convs):
+    """The power iteration of these convolutions' spectral normalisation begins anew."""
+    for conv in convs:
+        conv.parametrizations.weight[0]._power_method(raw(conv).flatten(1), 30)
+
+
 def embed_rows(E, D, episodes):
     """W_i = the mean of E on two frames of video i: E is not fresh, and L_MCH wants them to agree."""
     E.eval()
     for row in range(episodes.rows):
+        video = episodes.video(row)
+        usable = episodes.videos.usable(video)
         try:
-            frames, points = episodes.videos.load(episodes.video(row), lambda count: [0, count // 2])
-        except UserError:
-            continue    # a damaged file, of which Episodes warns
+            frames, points = episodes.videos.load(video, usable[[0, len(usable) // 2]])
+        except (UserError, IndexError):
+            continue    # a damaged file, of which Episodes warns, or one without a frame that may be used
         x, y = (to_float(part, D.W.device) for part in to_tensors(frames, points))
         D.W[row] = E(x, y).mean(0)
     E.train()

@@ -1,8 +1,9 @@
-"""Ours, a further loss of fine-tuning (Sec. 3.3): who it is should show in other poses than the photo's, too.
+"""Ours: an identity loss of fine-tuning (Sec. 3.3) for poses that the photos do not show.
 
-Eq. 9 compares with the photos, which show few poses, while the driver takes the face to others. So in every
-step G' also draws the person's 3-D face in random poses and with random expressions, and dlib's recognition
-network, which stands in for VGGFace, must know the person there.
+Eq. 9 compares generated frames with the photos, which show few poses, while the driver turns the head to many
+others. So in every step G' also draws the person's 3-D face in random poses and with random expressions. A
+face recognition network (dlib's, which stands in for VGGFace) compares the identity in these frames with that
+on the photos.
 """
 import numpy as np
 import torch
@@ -14,39 +15,43 @@ from data import landmark_images
 from runtime.device import autocast
 
 LIKENESS_WEIGHT = 20.0
-POSES = 2       # drawn in every step
+POSES = 2       # the number of random poses in each step
 
 
 class OtherPoses:
-    """A person in endless other poses, and how far frames of these are from who it is."""
+    """An endless supply of other poses of a person, and the identity loss of frames in these poses."""
 
     def __init__(self, x, points, network):
-        """x: photos (T, 3, S, S) in [-1, 1].  points: landmarks (m, 68, 2) of each photo (m = 1) and clip.
+        """x: photos (T, 3, S, S) in [-1, 1].
 
-        network: perceptual.FaceFeatures, on the device of x.
+        points: a list of landmarks (m, 68, 2), one for each photo (m = 1) or clip, T faces in all.
+        network: recognition.FaceFeatures, on the device of x.
         """
         self.network, self.size, self.device = network, x.shape[-1], x.device
-        self.who = self._vectors(x, np.concatenate(points)).mean(0)             # (128,)
-        face = load_face3d()
-        self.poses = random_poses(describe(points, face), face)
+        self.identity = self._vectors(x, np.concatenate(points)).mean(0)        # (128,)
+        model = load_face3d()
+        self.poses = random_poses(describe(points, model), model)
 
     @torch.no_grad()
     def _vectors(self, x, points):
-        parts = zip(x.split(8), np.array_split(points, range(8, len(points), 8)))
-        return torch.cat([self.network.vectors(*part) for part in parts])       # (T, 128)
+        batches = zip(x.split(8), np.array_split(points, range(8, len(points), 8)))
+        return torch.cat([self.network.vectors(*batch) for batch in batches])   # (T, 128)
 
     def draw(self):
-        """-> the landmarks of some more poses as images, (n, 3, S, S)."""
+        """Draw the next poses -> their landmark images, (POSES, 3, S, S) in [-1, 1]."""
         self.points = np.stack([next(self.poses) for _ in range(POSES)])        # (n, 68, 2)
         return landmark_images(self.points, self.size, self.device)
 
     def loss(self, x_o):
-        """1 - cosine of dlib's vectors: of frames (n, 3, S, S) in the poses drawn last, and of the photos."""
+        """The weighted loss of frames x_o (n, 3, S, S) in [-1, 1], generated in the poses drawn last.
+
+        It is 1 - the cosine between the recognition network's vectors of the frames and of the photos.
+        """
         with autocast(x_o.device):
             vectors = self.network.vectors(x_o, self.points)                    # (n, 128)
-            return LIKENESS_WEIGHT * (1 - F.cosine_similarity(vectors, self.who[None]).mean())
+            return LIKENESS_WEIGHT * (1 - F.cosine_similarity(vectors, self.identity[None]).mean())
 
 
 def other_poses(x, points, content):
-    """OtherPoses, or None where `content` does without dlib's network, which has to know the person."""
-    return OtherPoses(x, points, content.face) if content and content.face else None
+    """-> OtherPoses, or None if the content loss does not include dlib's network, which it needs."""
+    return OtherPoses(x, points, content.extra.net) if content and content.extra else None

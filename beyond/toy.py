@@ -1,13 +1,14 @@
-"""Drawn heads with known landmarks, for learning and tests: `python meta_train.py --toy`."""
+"""Ours: drawn heads with known landmarks, for training without data (`meta_train.py --toy`) and for tests."""
 import numpy as np
 from PIL import Image, ImageDraw
 
 
 class ToyHeads:
-    """Drawn heads: no files, no detector and no download. The same interface as data.PreparedVideos.
+    """Videos of drawn heads, which need no files, no detector and no download.
 
-    Head i has a face shape, skin, hair, eyes and a background of its own; its frame t a pose: yaw, pitch,
-    roll, blink, mouth. `heads` heads from number `first` on, each with 64 frames.
+    The interface is that of data.PreparedVideos. There are `heads` videos, each of one head and with 64
+    frames of image_size x image_size pixels. Video i shows head number first + i. Each head has its own face
+    shape, skin, hair, eyes and background, and each frame its own yaw, pitch, roll, blink and mouth.
     """
     detector, name = "dlib", "toy"
 
@@ -18,23 +19,29 @@ class ToyHeads:
         return self.heads
 
     def count(self, i):
+        """The number of frames of video i."""
         return 64
 
-    def load(self, i, choose):
-        frames, points = zip(*(self.draw(self.first + i, t) for t in choose(self.count(i))))
+    def usable(self, i):
+        """The numbers of the frames of video i that training may use: all of them."""
+        return np.arange(self.count(i))
+
+    def load(self, i, ts):
+        """Frames ts (k,) of video i -> uint8 (k, S, S, 3), and their landmarks (k, 68, 2) in pixels."""
+        frames, points = zip(*(self.draw(self.first + i, t) for t in ts))
         return np.stack(frames), np.stack(points)
 
     def draw(self, i, t):
-        """Frame t of head i -> uint8 (S, S, 3), points (68, 2) in pixels."""
+        """Frame t of head number i -> uint8 (S, S, 3), and its landmarks (68, 2) in pixels."""
         head, pose = Head(i), Pose(i, t)
         points = landmarks(head, pose)
-        S = 2 * self.image_size                                 # drawn twice as large, then averaged
+        S = 2 * self.image_size                                 # drawn at twice the size, then averaged
         image, placed = paint(head, pose, points, S)
         return np.asarray(image.reduce(2)), ((placed + .5) / 2 - .5).astype(np.float32)
 
 
 class Head:
-    """Who: lengths in jaw widths, colours in 0-255."""
+    """The identity of head number i. Lengths are in units of half a typical jaw width, colours in 0-255."""
 
     def __init__(self, i):
         random = np.random.default_rng((1, i))
@@ -50,7 +57,10 @@ class Head:
 
 
 class Pose:
-    """What the head does: angles in radians, the rest in jaw widths."""
+    """The pose and expression of head number i in frame t. Angles are in radians, lengths in Head's units.
+
+    blink is 1 for open eyes and 0 for closed ones.
+    """
 
     def __init__(self, i, t):
         random = np.random.default_rng((2, i, t))
@@ -68,14 +78,17 @@ class Pose:
 
 
 def arc(n, x, y, z):
-    """n points over the jaw (y > 0) or the forehead (y < 0), ear to ear; z: how far its middle stands out."""
+    """n points from ear to ear along the jaw (y > 0) or the forehead (y < 0) -> (n, 3).
+
+    x: half the width.  y: the height of its middle.  z: how far its middle stands out.
+    """
     a = np.linspace(-1.6, 1.6, n)
     return np.stack([x * np.sin(a), y * np.cos(a) - .05, z * np.cos(a) - .7], 1)
 
 
 def landmarks(head, pose):
-    """The 68 points in 3-D, (68, 3), not turned: x to the picture's right, y down, z towards the viewer."""
-    def ring(n, w, h):  # lips, from the left corner over the upper one and back
+    """The 68 landmarks in 3-D before rotation, (68, 3): x to the picture's right, y down, z to the viewer."""
+    def ring(n, w, h):  # n points of the lips: from the left corner along the upper lip, back along the lower
         c = np.linspace(np.pi, -np.pi, n, endpoint=False)
         opening = h + pose.mouth * (np.sin(c) < 0)
         y = .66 - opening * np.sin(c) - pose.smile * np.cos(c) ** 2
@@ -93,8 +106,8 @@ def landmarks(head, pose):
 
 
 def paint(head, pose, points, S):
-    """-> a PIL picture of S x S pixels, and the points in it (68, 2)."""
-    # where things are; neck and shirt do not turn with the head
+    """Draw a head with 3-D landmarks (68, 3) -> a PIL image of S x S pixels, its landmarks in it (68, 2)."""
+    # (1) positions in the picture; neck and shirt do not move with the head
     still = lambda p: np.asarray(p) * (S / 3.9) + S / 2
     place = lambda p: still((p @ pose.rotation.T)[:, :2] + pose.shift + (0, .12))
     around = np.linspace(0, 2 * np.pi, 24)
@@ -102,7 +115,7 @@ def paint(head, pose, points, S):
     def blob(x, y, z, rx, ry):
         return place(np.stack([x + rx * np.cos(around), y + ry * np.sin(around), z + 0 * around], 1))
 
-    # how they are drawn
+    # (2) how filled shapes and lines are drawn
     image = Image.new("RGB", (S, S), tuple(head.wall[0].astype(int)))
     pen = ImageDraw.Draw(image)
 
@@ -112,7 +125,7 @@ def paint(head, pose, points, S):
     def line(p, colour, width):
         pen.line([tuple(q) for q in p], fill=tuple(colour.astype(int)), width=width)
 
-    # from the back to the front
+    # (3) everything, from the back to the front
     fill([(0, S * .62), (S, S * .5), (S, S), (0, S)], head.wall[1])
     fill(blob(0, .1 + head.long / 2, -.9, head.width * 1.15, 1.25 + head.long / 2), head.hair * .8)
     neck = [(-.45, .6), (.45, .6), (.5, 2), (-.5, 2)]

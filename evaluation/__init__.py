@@ -1,1 +1,1 @@
-"""The figures of Sec. 4, A.1 and A.2: the protocol, the metrics, the tables and the puppeteering."""
+"""The experiments of Sec. 4, A.1 and A.2: the protocol, metrics, tables, puppeteering and timing."""

@@ -1,4 +1,4 @@
-"""The protocol of Sec. 4: which videos, which of their frames to learn from, and which to hold out."""
+"""The protocol of Sec. 4: which videos are evaluated, and which frames are learned from or held out."""
 import os
 import re
 
@@ -9,13 +9,13 @@ from beyond.toy import ToyHeads
 from data import PreparedVideos
 from runtime.files import UserError, warn
 
-GAP = 1.0  # seconds at least between what is learned from and what is held out
+GAP = 1.0   # seconds, at least, between the frames that are learned from and those that are held out
 
 
 def find_videos(data):
-    """-> {name: (index of the sequence to learn from, index of the one with the hold-out frames)}.
+    """-> {name: (the sequence to learn from, the sequence to hold out)}, as indices into `data`.
 
-    Both are the same one, unless the folder has train/NAME and test/NAME.
+    They are the same sequence, unless the prepared folder is already split into train/NAME and test/NAME.
     """
     if isinstance(data, ToyHeads):
         return {f"head {data.first + i}": (i, i) for i in range(len(data))}
@@ -29,16 +29,19 @@ def find_videos(data):
     return split or {name: (i, i) for name, i in numbers.items()}
 
 
-def person(name):
-    """VoxCeleb's id00061 of clips/id00061/rrdqJsdrS3o; elsewhere every sequence is a person of its own."""
-    return next((part for part in name.split("/") if re.fullmatch(r"id\d+", part)), name)
+def person_of(name):
+    """The person whom a sequence shows: "id00061" for VoxCeleb's "clips/id00061/rrdqJsdrS3o".
+
+    Without a folder of that kind in its name, every sequence counts as a person of its own.
+    """
+    return next((folder for folder in name.split("/") if re.fullmatch(r"id\d+", folder)), name)
 
 
-def clock(data, i):
-    """When the frames of a sequence were, in seconds (n,), its clips laid end to end; all 0 for photos.
+def frame_times(data, i):
+    """The times of the frames of sequence i in seconds (n,), as if its clips followed each other directly.
 
-    None where nobody knows: drawn heads, and folders prepared before data.py kept "file", the number of
-    the clip or photo that a frame is of, and "seconds", its time in it.
+    All are 0 for photos. None if the times are unknown: for drawn heads, and for folders that were prepared
+    before data.py stored "file" (the number of a frame's clip or photo) and "seconds" (its time in there).
     """
     if not isinstance(data, PreparedVideos):
         return None
@@ -46,15 +49,15 @@ def clock(data, i):
     if "seconds" not in stored:
         return None
     file, seconds = stored["file"].numpy(), stored["seconds"].numpy()
-    passed = np.where(file[1:] == file[:-1], np.diff(seconds), 0)   # nobody knows the time between files
+    passed = np.where(file[1:] == file[:-1], np.diff(seconds), 0)   # the time between two files is unknown
     return np.concatenate([[0], passed.cumsum()])
 
 
-def parts(seconds, learn, holdout):
-    """-> the numbers of the frames before and after a gap of GAP seconds.
+def split_in_time(seconds, learn, holdout):
+    """Split a video's frames at times `seconds` (n,) into those before and those after a gap of GAP seconds.
 
-    The parts are as equal as they can be where the first needs `learn` frames and the second `holdout`;
-    both are empty where a video is too short for that.
+    Returns the numbers of both. The two parts are as equal in size as they can be if the first needs `learn`
+    frames and the second `holdout`. Both are empty if the video is too short for that.
     """
     ends = np.arange(learn, len(seconds))
     starts = np.searchsorted(seconds, seconds[ends - 1] + GAP)
@@ -67,38 +70,39 @@ def parts(seconds, learn, holdout):
 
 
 def draw_protocol(data, shots, holdout, count, seed):
-    """-> {name: {"learn": [frame numbers], "holdout": [...]}} of `count` videos, drawn uniformly.
+    """Draw `count` videos and their frames uniformly -> {name: {"learn": [frame numbers], "holdout": [...]}}.
 
-    T frames are the first T of these.
+    "learn" has as many frames as the largest T in `shots`. A smaller T uses the first T of them.
+    UserError if no video has enough frames.
     """
     rng, need = np.random.default_rng(seed), max(shots)
-    protocol, short, unknown = {}, [], []
+    protocol, too_short, without_times = {}, [], []
     videos = list(find_videos(data).items())
     for v in rng.permutation(len(videos)):
         name, (i, j) = videos[v]
         frames = data.count(i)
-        seconds = clock(data, i) if i == j and frames else None
+        seconds = frame_times(data, i) if i == j and frames else None
         if i != j:
-            learn, held = rng.permutation(frames), rng.permutation(data.count(j))
+            learn, held_out = rng.permutation(frames), rng.permutation(data.count(j))
         elif seconds is not None and seconds[-1] > 0:
-            learn, held = map(rng.permutation, parts(seconds, need, holdout))
+            learn, held_out = map(rng.permutation, split_in_time(seconds, need, holdout))
         else:
             shuffled = rng.permutation(frames)
-            learn, held = shuffled[:need], shuffled[need:]
-        if len(learn) < need or len(held) < holdout:
-            short.append(name)
+            learn, held_out = shuffled[:need], shuffled[need:]
+        if len(learn) < need or len(held_out) < holdout:
+            too_short.append(name)
         elif len(protocol) < count:
-            held = sorted(held[:holdout].tolist())
-            protocol[name] = {"learn": learn[:need].tolist(), "holdout": held}
+            held_out = sorted(held_out[:holdout].tolist())
+            protocol[name] = {"learn": learn[:need].tolist(), "holdout": held_out}
             if i == j and seconds is None:
-                unknown.append(name)
-    if short:
-        warn(f"left out, with fewer than {need} + {holdout} frames, in videos a second apart: "
-             f"{', '.join(sorted(short))}")
+                without_times.append(name)
+    if too_short:
+        warn(f"left out, because {need} frames to learn from and {holdout} to hold out are needed, and in a "
+             f"video they must be a second apart: {', '.join(sorted(too_short))}")
     if not protocol:
-        raise UserError(f"no video has {need} + {holdout} frames: ask for fewer with --shots or "
-                        "--holdout")
-    if unknown and isinstance(data, PreparedVideos):
-        warn(f"{len(unknown)} of {len(protocol)} sequences were prepared without times: if they are videos "
-             "and no photos, neighbours in time are on both sides; prepare them again")
+        raise UserError(f"no video has {need} frames to learn from and {holdout} to hold out: ask for fewer "
+                        "with --shots or --holdout")
+    if without_times and isinstance(data, PreparedVideos):
+        warn(f"{len(without_times)} of {len(protocol)} sequences were prepared without times. If they are "
+             "videos, the hold-out frames are neighbours of frames that are learned from: prepare them again")
     return protocol

@@ -1,11 +1,13 @@
-"""Puppeteering, Sec. 4 and Fig. 5: every held-out person is driven by clips of others.
+"""Puppeteering, Sec. 4 and Fig. 5: every held-out person is driven by clips of other people.
 
-`evaluate.py --drivers DIR` calls it. A person is learned once, from T frames, and driven by every driver
-with every motion of adapt.py. Of each result: is it still the person, and did it take over the movements?
-Drivers are ranked as in the paper: by CSIM "between the original image and the generated one".
+`evaluate.py --drivers DIR` runs it. Each person is learned once, from T frames, and then driven by every
+driver with every motion of adapt.py. The results answer two questions: do they still show the person, and do
+they follow the driver's movements? Drivers are ranked as in the paper, by the CSIM "between the original
+image and the generated one".
 
-Writes to --out: a folder per person (a strip of frames per driver and motion, puppets.csv, by which the
-person is done), puppets.csv of all people, puppets.md and puppets.png.
+It writes to --out: a folder per person, with a strip of frames per driver and motion, and with puppets.csv,
+which is written last and marks the person as finished. For all people together it writes puppets.csv,
+puppets.md and puppets.png.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -15,41 +17,43 @@ from tqdm import tqdm
 
 from beyond.adapt import adapt, describe
 from beyond.face3d import load_face3d
+from beyond.recognition import tell_apart
 from data import draw_landmarks
-from evaluation.metrics import change, crossed, likeness, mean_people, movements
-from evaluation.protocol import find_videos, person
-from evaluation.report import (SOURCE, as_numbers, csim_title, markdown, mean, number, of_the_way,
-                               read_scores, read_strip, share, write_scores, write_sheet, write_strip)
-from media.folders import CLIPS, evenly, is_system
+from evaluation.metrics import change, crossed, mean_people, movements, puppet_identity
+from evaluation.protocol import find_videos, person_of
+from evaluation.report import (SOURCE, as_numbers, csim_title, identity_score, markdown, mean, number,
+                               per_cent, read_scores, read_strip, write_scores, write_sheet, write_strip)
+from media.folders import CLIPS, Photo, evenly, is_system
 from media.tracking import Track, is_track, read_crops, read_driver
 from runtime.files import UserError, atomic
 
 MOTIONS = "paper", "absolute", "relative"
-FRAMES = 20     # of a driver, evenly spread: for all figures but steadiness
-RUN = 50        # of a driver, one after the other: for steadiness
-SHOWN = 5       # of the FRAMES, in the sheet
-ITSELF = 0.75   # of the way from strangers to the same person: a driver beyond it is that person
-COLUMNS = ["video", "driver", "motion", "csim", "csim_photo", "csim_driver", "nearer_driver", "first",
-           "mouth_r", "mouth_ratio", "yaw_r", "roll_r", "landmark_error", "found", "crossed", "steadiness"]
+FRAMES = 20     # evenly spread frames of a driver, from which all columns but frame_changes are computed
+RUN = 50        # consecutive frames of a driver, from which frame_changes is computed
+SHOWN = 5       # frames in a strip
+SAME_PERSON = 75    # a driver whose identity score with a person is higher is taken to be that person
+COLUMNS = ["video", "driver", "motion", "csim", "csim_photo", "csim_driver", "nearer_driver", "nearest",
+           "mouth_r", "mouth_ratio", "yaw_r", "roll_r", "landmark_error", "found", "crossed", "frame_changes"]
 
 
 class Person(NamedTuple):
-    """A held-out one, in real frames."""
-    who: str                # two videos may show the same person
+    """A video of a held-out person: real frames and their vectors of the recognition network."""
+    name: str               # of the person: two videos may show the same one
     frames: np.ndarray      # uint8 (T, S, S, 3): to learn from; the first is the photo that is driven
-    points: np.ndarray      # (T, 68, 2)
-    photo: np.ndarray       # (d,): the recognition network's vector of that photo
-    others: np.ndarray      # (h, d): of the hold-out frames
+    points: np.ndarray      # (T, 68, 2): their landmarks
+    photo: np.ndarray       # (d,): the vector of the photo that is driven
+    others: np.ndarray      # (h, d): the vectors of the hold-out frames
 
 
 class Driver(NamedTuple):
+    """A video or a saved track whose landmarks drive. A saved track has no frames."""
     name: str
     track: Track
-    points: np.ndarray              # (n, 68, 2): of the whole track, in crops
-    chosen: list                    # numbers of at most FRAMES frames with a face
-    shown: list                     # uint8 (S, S, 3): SHOWN of these; of a saved track its landmarks
-    vectors: np.ndarray | None      # (m, d): of the chosen frames; None of a saved track
-    moves: float                    # metrics.change() of the first RUN frames; NaN of a saved track
+    points: np.ndarray              # (n, 68, 2): the landmarks of the whole track, in crops
+    chosen: list                    # the numbers of at most FRAMES frames with a face
+    shown: list                     # uint8 (S, S, 3): SHOWN of these; for a saved track, drawn landmarks
+    vectors: np.ndarray | None      # (m, d): recognition vectors of the chosen frames; None for a saved track
+    moves: float                    # metrics.change() of the first RUN frames; NaN for a saved track
 
 
 # -------------------------------------------------------------------------------------- who drives whom
@@ -65,9 +69,9 @@ def find_drivers(folder):
 
 
 def open_driver(path, setup):
-    """A video or a saved track -> Driver."""
+    """A video or a saved track -> Driver. setup: evaluate.Setup."""
     config = setup.state["config"]
-    size, track = config.image_size, read_driver(path, config.landmarks, setup.detect)
+    size, track = config.image_size, read_driver(path, config.landmarks, setup.detect, tell_apart())
     points = track.in_crops(size)
     chosen = evenly(np.flatnonzero(track.found).tolist(), FRAMES)
     shown = [draw_landmarks(points[k], size) for k in evenly(chosen, SHOWN)]
@@ -76,38 +80,43 @@ def open_driver(path, setup):
         return driver
     run = range(min(len(points), RUN))
     crops = read_crops(path, track, {*chosen, *run}, size)
+    chosen, run = ([k for k in numbers if k in crops] for numbers in (chosen, run))
     vectors = np.stack([setup.recognise(crops[k], points[k]) for k in chosen])
     moves = change(np.stack([crops[k] for k in run]))
-    return driver._replace(shown=[crops[k] for k in evenly(chosen, SHOWN)], vectors=vectors, moves=moves)
+    shown = [crops[k] for k in evenly(chosen, SHOWN)]
+    return driver._replace(chosen=chosen, shown=shown, vectors=vectors, moves=moves)
 
 
 def open_people(data, chosen, recognise):
-    """-> {video: Person}. chosen: of protocol.draw_protocol, for T frames to learn from."""
+    """-> {video: Person}. chosen: the videos and their frames, from protocol.draw_protocol()."""
     people, videos = {}, find_videos(data)
-    for name, numbers in chosen.items():
-        frames, points = data.load(videos[name][0], lambda count: numbers["learn"])
-        holdout = data.load(videos[name][1], lambda count: numbers["holdout"])
-        others = np.stack([recognise(*face) for face in zip(*holdout)])
-        people[name] = Person(person(name), frames, points, recognise(frames[0], points[0]), others)
+    for video, numbers in chosen.items():
+        frames, points = data.load(videos[video][0], numbers["learn"])
+        holdout = data.load(videos[video][1], numbers["holdout"])
+        others = np.stack([recognise(*pair) for pair in zip(*holdout)])
+        people[video] = Person(person_of(video), frames, points, recognise(frames[0], points[0]), others)
     return people
 
 
 def anchors(people):
-    """-> CSIM of strangers (NaN: there are none) and of the same person, by photos and hold-out frames."""
+    """The mean CSIM of strangers and of the same person, between photos and hold-out frames.
+
+    people: {video: Person}. The first is NaN if all videos show one person.
+    """
     strangers, same = [], []
     for a in people.values():
         same.append((a.others @ a.photo).mean())
-        strangers += [(b.others @ a.photo).mean() for b in people.values() if b.who != a.who]
+        strangers += [(b.others @ a.photo).mean() for b in people.values() if b.name != a.name]
     return np.mean(strangers or [np.nan]), np.mean(same)
 
 
-def other_drivers(drivers, name, someone, strangers, same):
-    """Those that are not this Person by the recognition network; a saved track shows nobody."""
+def other_drivers(drivers, video, person, strangers, same):
+    """The drivers who are not this Person according to the recognition network, and all saved tracks."""
     others = []
     for driver in drivers:
-        csim = np.nan if driver.vectors is None else (someone.others @ driver.vectors.T).mean()
-        if of_the_way(csim, strangers, same) > ITSELF:
-            tqdm.write(f"{driver.name} is left out for {name}: it seems to be the same person")
+        csim = np.nan if driver.vectors is None else (person.others @ driver.vectors.T).mean()
+        if identity_score(csim, strangers, same) > SAME_PERSON:
+            tqdm.write(f"{driver.name} is left out for {video}: it seems to be the same person")
         else:
             others.append(driver)
     return others
@@ -115,112 +124,129 @@ def other_drivers(drivers, name, someone, strangers, same):
 
 # ----------------------------------------------------------------------------------------- one person
 
-def drive(folder, name, someone, drivers, everyone, setup, learn):
-    """One person, driven by every driver with every motion, into its folder; at last puppets.csv."""
-    # (1) the person is learned once
-    config, face = setup.state["config"], load_face3d()
-    photos = list(zip(someone.frames[:, None], someone.points[:, None]))    # every frame counts as one
-    draw = learn(photos)
-    source = describe([points for _, points in photos], face)
+def drive(folder, video, person, drivers, everyone, setup, learn):
+    """Drive one person by every driver with every motion. Writes the strips, then puppets.csv, to `folder`.
 
-    # (2) and driven
-    k, faces = list(everyone).index(someone.who), np.stack(list(everyone.values()))
+    everyone: {name of a person: (d,), the mean vector of their hold-out frames}.
+    setup, learn: as in puppeteer().
+    """
+    # (1) the person is learned once
+    config, model = setup.state["config"], load_face3d()
+    photos = [Photo(*pair) for pair in zip(person.frames[:, None], person.points[:, None])]
+    draw = learn(photos)
+    source = describe([photo.points for photo in photos], model)
+
+    # (2) and driven by everybody
+    k, mean_vectors = list(everyone).index(person.name), np.stack(list(everyone.values()))
     rows = []
     for driver in drivers:
         for motion in MOTIONS:
-            points = adapt(driver.track, source, motion, config.image_size, face, config.lips)  # (n, 68, 2)
+            points = adapt(driver.track, source, motion, config.image_size, model, config.lips)
             chosen = points[driver.chosen]
-            results = draw(chosen)                                                      # (m, S, S, 3)
+            results = draw(chosen)                                                          # (m, S, S, 3)
             vectors = np.stack([setup.recognise(*pair) for pair in zip(results, chosen)])
-            row = {"video": name, "driver": driver.name, "motion": motion}
-            row |= likeness(vectors, someone.photo, someone.others, driver.vectors, faces, k)
-            row |= movements(results, chosen, driver.points[driver.chosen], setup.detect, face)
-            row["crossed"] = crossed(chosen, face)
-            if driver.moves > 0:        # NaN of a saved track
-                row["steadiness"] = change(draw(points[:RUN])) / driver.moves
+            row = {"video": video, "driver": driver.name, "motion": motion}
+            row |= puppet_identity(vectors, person.photo, person.others, driver.vectors, mean_vectors, k)
+            row |= movements(results, chosen, driver.points[driver.chosen], setup.detect, model)
+            row["crossed"] = crossed(chosen, model)
+            if driver.moves > 0:        # not for a saved track, which has NaN
+                row["frame_changes"] = change(draw(points[:RUN])) / driver.moves
             rows.append(row)
             write_strip(f"{folder}/{driver.name} {motion}.png", evenly(list(results), SHOWN))
     write_scores(f"{folder}/puppets.csv", rows, COLUMNS)
 
 
-# ------------------------------------------------------------------------------------------ all of them
+# -------------------------------------------------------------------------------------------- everybody
 
 def puppeteer(out, data, chosen, drivers, setup, learn, judge, trained_on):
-    """The whole experiment. chosen: of protocol.draw_protocol.  drivers: [Driver].
+    """The whole experiment. A stopped one goes on with the people who are not finished.
 
+    chosen: the videos and their frames, from protocol.draw_protocol().  drivers: [Driver].
     setup: evaluate.Setup.  judge, trained_on: as in report.table().
     learn(photos): fine-tunes on a person's photos, and returns draw(points), a function that turns landmarks
     (n, 68, 2) into frames of the person, uint8 (n, S, S, 3).
     """
     people = open_people(data, chosen, setup.recognise)
     strangers, same = anchors(people)
-    who = {name: someone.who for name, someone in people.items()}
-    everyone = mean_people({name: someone.others for name, someone in people.items()}, who)  # {who: (d,)}
+    names = {video: person.name for video, person in people.items()}
+    everyone = mean_people({video: person.others for video, person in people.items()}, names)   # {name: (d,)}
     rows = []
-    for name, someone in tqdm(people.items(), "puppeteering", unit=" people"):
-        if not (out / name / "puppets.csv").exists():
-            others = other_drivers(drivers, name, someone, strangers, same)
-            drive(out / name, name, someone, others, everyone, setup, learn)
-        rows += read_scores(out / name / "puppets.csv")
+    for video, person in tqdm(people.items(), "puppeteering", unit=" people"):
+        if not (out / video / "puppets.csv").exists():
+            others = other_drivers(drivers, video, person, strangers, same)
+            drive(out / video, video, person, others, everyone, setup, learn)
+        rows += read_scores(out / video / "puppets.csv")
     if not rows:
-        raise UserError("every driver seems to be the person whom it drives: name clips of others")
+        raise UserError("every driver seems to be the person to be driven: --drivers needs clips of others")
     write_scores(out / "puppets.csv", rows, COLUMNS)
 
     rows = [as_numbers(row) for row in rows]
     best = best_drivers(rows)
-    parts = [table(rows, len(everyone), judge, trained_on, strangers, same),
+    texts = [table(rows, len(everyone), judge, trained_on, strangers, same),
              caption(len(people), len(drivers), judge, strangers, same), ranking(rows, best)]
     with atomic(out / "puppets.md") as temporary:
-        Path(temporary).write_text("\n\n".join(parts) + "\n")
-    print(*parts, sep="\n\n")
+        Path(temporary).write_text("\n\n".join(texts) + "\n")
+    print(*texts, sep="\n\n")
     sheet(out, people, best, drivers)
     print(f"wrote {out}/puppets.md, {out}/puppets.csv and {out}/puppets.png")
 
 
 def best_drivers(rows):
-    """-> {video: the driver of the highest CSIM to its photo}, by landmarks as they are: the paper's."""
+    """-> {video: the driver with the highest CSIM to its photo}, for the motion "paper", as in the paper."""
     as_in_paper = [row for row in rows if row["motion"] == "paper"]
     ordered = sorted(as_in_paper, key=lambda row: row["csim_photo"])
-    return {row["video"]: row["driver"] for row in ordered}     # the last one of a video stays
+    return {row["video"]: row["driver"] for row in ordered}     # the last driver of a video, its best, stays
 
 
 def table(rows, people, judge, trained_on, strangers, same):
-    """A line a motion, in markdown. rows: of puppets.csv, as numbers.  people: how many."""
+    """A markdown table with a line for each motion.
+
+    rows: the rows of puppets.csv, as numbers.  people: the number of people.
+    judge, trained_on: as in report.table().  strangers, same: of anchors().
+    """
     paper = {(row["video"], row["driver"]): row["csim"] for row in rows if row["motion"] == "paper"}
     lines = []
     for motion in MOTIONS:
         group = [row for row in rows if row["motion"] == motion]
         csim = mean(group, "csim")
         better = [row["csim"] > paper[row["video"], row["driver"]] for row in group]
-        percent = lambda column: share([row[column] for row in group])
+        share = lambda column: per_cent([row[column] for row in group])
         plain = lambda column: number(mean(group, column)[:1], 2)
         lines.append({
             "motion": motion, csim_title(judge, trained_on): number(csim, 3),
-            "of the way": share(of_the_way(csim[0], strangers, same)),
+            "identity score ↑": number([identity_score(csim[0], strangers, same)], 0),
             "CSIM to the photo": number(mean(group, "csim_photo"), 3),
             "CSIM to the driver ↓": number(mean(group, "csim_driver"), 3),
-            "nearer to the driver ↓": percent("nearer_driver"),
-            "better than paper": share(better) if motion != "paper" else "",
-            f"first of {people} ↑": percent("first"),
+            "nearer to the driver ↓": share("nearer_driver"),
+            "better than paper": per_cent(better) if motion != "paper" else "",
+            f"nearest of {people} ↑": share("nearest"),
             "mouth r": plain("mouth_r"), "mouth amplitude": plain("mouth_ratio"),
             "yaw r": plain("yaw_r"), "roll r": plain("roll_r"),
-            "landmarks ↓": number(mean(group, "landmark_error"), 1), "face found": percent("found"),
-            "crossed lips ↓": percent("crossed"), "changes": plain("steadiness")})
+            "landmarks ↓": number(mean(group, "landmark_error"), 1), "face found": share("found"),
+            "crossed lips ↓": share("crossed"), "frame changes": plain("frame_changes")})
     return markdown(lines)
 
 
 def caption(people, drivers, judge, strangers, same):
+    """The explanation below the table. people, drivers: how many.  The others: as in table()."""
     return (
-        f"Means over {people} people ± standard error, each driven by up to {drivers} others. "
-        f"CSIM by {judge}, to other photos: strangers {number([strangers], 3)}, the same person "
-        f"{number([same], 3)}. Nearer to the driver: than to these photos. Better than paper: pairs of "
-        "person and driver with a higher CSIM. First: frames nearest to the person. Mouth, yaw, roll: "
-        "correlation with the driver's; amplitude: deviation over his. Landmarks: error in % of the "
-        "distance between the outer eye corners. Changes: from frame to frame, over the driver's own.")
+        f"Means over {people} people ± standard error, each driven by up to {drivers} others. CSIM is "
+        f"computed with {judge}, against other photos of the person. Between real photos it is "
+        f"{number([strangers], 3)} for strangers and {number([same], 3)} for the same person, which are 0 "
+        "and 100 on the scale of the identity score. Nearer to the driver: the share of frames that are "
+        "nearer to the driver than to these photos. Better than paper: the share of pairs of a person and a "
+        "driver whose CSIM is higher than with --motion paper. Nearest: the share of frames that are nearest "
+        "to the person. Mouth r, yaw r, roll r: correlations with the driver. Mouth amplitude: the standard "
+        "deviation of the mouth's opening, divided by the driver's. Landmarks: their error in % of the "
+        "distance between the outer eye corners. Frame changes: the mean change from frame to frame, divided "
+        "by the driver's.")
 
 
 def ranking(rows, best):
-    """The drivers, the best first: mean CSIM to the photo, and for how many people each is the best."""
+    """A markdown table of the drivers, the best first: mean CSIM to the photo, number of people served best.
+
+    rows, best: as in table(), and of best_drivers().
+    """
     csim = lambda driver, motion: np.mean([row["csim_photo"] for row in rows
                                            if (row["driver"], row["motion"]) == (driver, motion)])
     drivers = sorted({row["driver"] for row in rows}, key=lambda driver: -csim(driver, "paper"))
@@ -233,13 +259,13 @@ def ranking(rows, best):
 
 
 def sheet(out, people, best, drivers, limit=6):
-    """Fig. 5: some people, each driven by the driver that is best for them, whose frames are on top."""
+    """A picture like Fig. 5: the first people, each driven by their best driver, whose frames are on top."""
     shown, rows = {driver.name: driver.shown for driver in drivers}, []
-    names = [name for name in people if name in best]
-    for name in names[:limit]:
-        driver, photo = best[name], people[name].frames[0]
+    videos = [video for video in people if video in best]
+    for video in videos[:limit]:
+        driver, photo = best[video], people[video].frames[0]
         rows.append((driver, [None, *shown[driver]]))
         for motion in MOTIONS:
-            results = read_strip(f"{out}/{name}/{driver} {motion}.png")
-            rows.append((f"{name}\n{motion}", [photo, *results]))
+            results = read_strip(f"{out}/{video}/{driver} {motion}.png")
+            rows.append((f"{video}\n{motion}", [photo, *results]))
     write_sheet(out / "puppets.png", [SOURCE, "driver; results"], rows, left=180)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from media.decode import open_media
+from media.streams import open_media
 from media.sound import Sound
 from runtime.files import atomic
 

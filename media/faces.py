@@ -1,4 +1,4 @@
-"""Faces in pictures: the detectors of the 68 landmarks, which face is meant, and the one crop of all stages.
+"""Faces in pictures: the detectors of the 68 landmarks, and which of several faces is meant.
 
     detect = landmark_detector("dlib")
     points = detect(read_photo("x.jpg"))        # (68, 2), or None
@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from importlib.util import find_spec
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from runtime.files import UserError
 
 SURE = 0.5      # a face of this score is hardly ever a false one (dlib's scale: most faces have 1 to 3)
 NEARLY = 0.4    # of the surest one's score: faces that the detector is nearly as sure of
+CUT_WIDTH = 400     # pixels of a face's box in the enlarged copy that its landmarks are predicted on
+
 MIRRORED = np.r_[                                   # which point a mirrored face has in each place
     16:-1:-1, 26:16:-1,                             # jaw, brows
     27:31, 35:30:-1,                                # nose
@@ -47,6 +50,7 @@ class Detector:
 
     kind: str           # fan | dlib: landmarks of one kind are not those of the other
     sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
+    margin: float       # how much around a face's box predict() looks at, in widths of the box
 
     def __call__(self, image):
         faces = self.faces(image)
@@ -60,7 +64,23 @@ class Detector:
         raise NotImplementedError
 
     def landmarks(self, image, face):
-        """-> points (68, 2) float32 of one of the faces."""
+        """-> points (68, 2) float32 of one of the faces, with sub-pixel positions.
+
+        Both predictors return whole pixels of the picture they are given, and dlib's reads pixels without
+        interpolation. So they are given an enlarged copy of the face, and the points are mapped back.
+        """
+        left, top, right, bottom = face.box
+        width, margin = right - left, self.margin * (right - left)
+        x0, y0 = max(0, int(left - margin)), max(0, int(top - margin))
+        cut = image[y0:int(bottom + margin) + 1, x0:int(right + margin) + 1]
+        large = np.asarray(rescaled(cut, max(1, CUT_WIDTH / width)))
+        scale = np.array(large.shape[1::-1]) / cut.shape[1::-1]         # of x and y: sizes are rounded
+        corners = (np.array([[left, top], [right, bottom]]) + 0.5 - (x0, y0)) * scale - 0.5
+        points = self.predict(large, corners.ravel())
+        return ((points + 0.5) / scale - 0.5 + (x0, y0)).astype(np.float32)
+
+    def predict(self, image, box):
+        """-> points (68, 2) of the face in this box (left, top, right, bottom), in whole pixels."""
         raise NotImplementedError
 
 
@@ -81,6 +101,7 @@ def dlib_model(name):
 class DlibDetector(Detector):
     kind = "dlib"
     sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick: first
+    margin = 0.4
 
     def __init__(self):
         import dlib
@@ -99,17 +120,18 @@ class DlibDetector(Detector):
 
     def faces_at(self, image, side):
         scale = side / max(image.shape[:2])
-        boxes, scores, _ = self.detector.run(np.asarray(shrink(image, scale)), 0, 0.0)
+        boxes, scores, _ = self.detector.run(np.asarray(rescaled(image, scale)), 0, 0.0)
         edges = [(b.left(), b.top(), b.right(), b.bottom()) for b in boxes]
         return [Face(tuple(v / scale for v in box), score, side) for box, score in zip(edges, scores)]
 
-    def landmarks(self, image, face):
-        shape = self.predictor(image, self.rectangle(*(round(v) for v in face.box)))
-        return np.array([(p.x, p.y) for p in shape.parts()], np.float32)
+    def predict(self, image, box):
+        shape = self.predictor(image, self.rectangle(*(round(v) for v in box)))
+        return np.array([(p.x, p.y) for p in shape.parts()])
 
 
 class FanDetector(Detector):
     kind = "fan"
+    margin = 0.8
 
     def __init__(self):
         import face_alignment
@@ -123,16 +145,14 @@ class FanDetector(Detector):
 
     def faces(self, image, sides=None):
         scale = self.scale(image)
-        boxes = self.fan.face_detector.detect_from_image(np.asarray(shrink(image, scale)))
+        boxes = self.fan.face_detector.detect_from_image(np.asarray(rescaled(image, scale)))
         # its scores are probabilities from 0.5 to 1; 0 to 2 here: SURE then means as much as with dlib
         found = [Face(tuple(float(v) / scale for v in box[:4]), 4 * float(box[4]) - 2) for box in boxes]
         return without_doubles(found)
 
-    def landmarks(self, image, face):
-        scale = self.scale(image)
-        box = np.array([*face.box, 1.0]) * [scale, scale, scale, scale, 1]
-        points = self.fan.get_landmarks_from_image(np.asarray(shrink(image, scale)), detected_faces=[box])
-        return points[0][:, :2].astype(np.float32) / scale
+    def predict(self, image, box):
+        points = self.fan.get_landmarks_from_image(image, detected_faces=[np.array([*box, 1.0])])
+        return points[0][:, :2]
 
     @staticmethod
     def scale(image):
@@ -165,11 +185,45 @@ def no_fan_weights(error):
                      f"put them into {fan_folder()} yourself, or prepare with data.py --landmarks dlib")
 
 
-def shrink(image, scale):
+def rescaled(image, scale):
     """uint8 (H, W, 3) -> a PIL picture, `scale` times as large."""
     height, width = image.shape[:2]
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return Image.fromarray(image).resize(size, Image.BILINEAR)
+
+
+def five_points(points):
+    """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, mouth's corners."""
+    eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
+    return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
+
+
+# ------------------------------------------------------------------------------------------ who it is
+
+STRANGERS = 0.65    # between two vectors; of LFW's people, 1 in 130 seem to be several by the rule below
+
+
+def recogniser():
+    """-> vector(image uint8 (H, W, 3), points (68, 2)): 128 numbers that say who it is.
+
+    By dlib itself, at 60 ms a face. beyond/recognition.py has its network in PyTorch, for all that is not
+    preparing a folder.
+    """
+    import dlib
+    network = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
+
+    def vector(image, points):
+        parts = [dlib.point(round(x), round(y)) for x, y in points.tolist()]
+        shape = dlib.full_object_detection(dlib.rectangle(0, 0, *image.shape[1::-1]), parts)
+        return np.array(network.compute_face_descriptor(image, shape))
+
+    return vector
+
+
+def are_several(vectors):
+    """Whether at least half of the pairs of faces are of two people. vectors: of recogniser()."""
+    strangers = [np.linalg.norm(a - b) > STRANGERS for a, b in combinations(vectors, 2)]
+    return bool(strangers) and np.mean(strangers) >= 0.5
 
 
 # ------------------------------------------------------------------------------------------ which face
@@ -247,81 +301,3 @@ def upright(image, detector):
         if faces and faces[0].score >= sure + SURE:     # clearly surer than as it lies
             best, sure = (turned, faces, k), faces[0].score
     return best
-
-
-# ------------------------------------------------------------------------------------------------ crops
-
-def face_box(points):
-    """The one crop of all stages: points (..., 68, 2) -> (..., 3), centre x, y and half side.
-
-    Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows.
-    """
-    eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
-    mouth = points[..., [48, 54], :].mean(-2)
-    between = eyes.mean(-2)
-    eye_distance = np.linalg.norm(eyes[..., 0, :] - eyes[..., 1, :], axis=-1)
-    mouth_distance = np.linalg.norm(mouth - between, axis=-1)
-    half = np.maximum(2 * eye_distance, 1.8 * mouth_distance)
-    return np.concatenate([between + 0.5 * (mouth - between), half[..., None]], axis=-1)
-
-
-def five_points(points):
-    """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, mouth's corners."""
-    eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
-    return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
-
-
-def steady_boxes(points, times):
-    """face_box for a video: a Gaussian mean over about a second either side, so that it does not jitter.
-
-    points (n, 68, 2), times (n,) in seconds -> (n, 3).
-    Nothing is averaged across a cut, where the face jumps.
-    """
-    boxes = face_box(points)
-    shot = shots(boxes)
-    result = np.empty_like(boxes)
-    for k, t in enumerate(times):
-        a, b = np.searchsorted(times, [t - 3, t + 3])
-        weight = np.exp(-0.5 * (times[a:b] - t) ** 2) * (shot[a:b] == shot[k])
-        result[k] = weight @ boxes[a:b] / weight.sum()
-    return result
-
-
-def shots(boxes):
-    """The number of each frame's shot: boxes (n, 3) of face_box -> (n,). After a cut the face jumps."""
-    moves = np.linalg.norm(np.diff(boxes[:, :2], axis=0, prepend=boxes[:1, :2]), axis=1)
-    return np.cumsum(moves > boxes[:, 2])
-
-
-def inside(box, image):
-    """A box (3,) moved into the picture as far as it fits: what lies beyond can only be made up. -> (3,)"""
-    room = np.array(image.shape[1::-1]) - 2 * box[2]        # in x and y; negative where the box is too large
-    corner = np.clip(box[:2] + 0.5 - box[2], np.minimum(room / 2, 0), np.maximum(room / 2, room))
-    return np.append(corner + box[2] - 0.5, box[2])
-
-
-def crop(image, box, size):
-    """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased.
-
-    Beyond the border the picture is reflected.
-    """
-    height, width = image.shape[:2]
-    (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
-    edges = np.array([x - half, y - half, x + half, y + half])
-    beyond = np.array([-edges[0], -edges[1], edges[2] - width, edges[3] - height])
-    left, top, right, bottom = np.ceil(beyond).clip(0).astype(int)
-    if left or top or right or bottom:
-        # reflection: repeated edges draw streaks, which a generator then learns
-        mode = "reflect" if min(height, width) > 1 else "edge"
-        image = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode)
-        edges += (left, top, left, top)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, box=tuple(edges)))
-
-
-def to_crop(points, box, size):
-    """Points in the image (..., 68, 2) -> in pixels of its crop by `box` (..., 3)."""
-    centre, half = np.split(box[..., None, :], [2], axis=-1)
-    result = np.subtract(points, centre - half, dtype=np.float32)    # in place: a long driver has many
-    result *= (size / (2 * half)).astype(np.float32)
-    result -= 0.5
-    return result

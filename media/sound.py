@@ -5,8 +5,10 @@
         sound.write_until(seconds)
 """
 import io
+from itertools import chain, islice
 
-from media.decode import Clock, main_audio, open_media
+from media.audio import audio_frames, is_known, main_audio
+from media.streams import Clock, Damage, open_media, packets
 from runtime.files import warn
 
 COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
@@ -18,9 +20,9 @@ def usable_sound(path):
     import av
     problem = None
     try:
+        if main_audio(path) is None:
+            return None
         with open_media(path) as container:
-            if main_audio(container) is None:
-                return None
             start = (container.start_time or 0) / av.time_base
         with av.open(io.BytesIO(), "w", format="mp4") as out, Sound(path, out, start) as sound:
             sound.write_until(1)
@@ -48,16 +50,20 @@ class Sound:
         self.packets = iter(())
         if path is None:
             return
-        self.source = open_media(path)
-        audio = main_audio(self.source)
-        if audio is None:
+        index = main_audio(path)
+        if index is None:
             return
-        if audio.codec_context is None or not audio.rate:
+        self.source = open_media(path)
+        audio = self.source.streams[index]
+        if not is_known(audio):
             self.problem = "of a kind that is not known"
         elif audio.codec_context.name in COPIED and not is_slow_mp3(audio):
             self.packets = self.copied(audio, out.add_stream_from_template(audio))
         else:
-            self.packets = self.encoded(audio, add_aac(out, audio))
+            frames = audio_frames(self.source, audio)
+            first = list(islice(frames, 1))
+            mono = bool(first) and first[0].layout.nb_channels == 1
+            self.packets = self.encoded(chain(first, frames), add_aac(out, audio.rate, mono))
 
     def __enter__(self):
         return self
@@ -86,8 +92,8 @@ class Sound:
     def copied(self, audio, stream):
         """Yield the packets as they are, but for their times; none that ends before the result starts."""
         clock = None
-        for packet in self.source.demux(audio):
-            if packet.dts is None or packet.pts is None:    # the last one is empty, for flushing
+        for packet in packets(self.source, audio, Damage()):
+            if packet.dts is None or packet.pts is None:
                 continue
             clock = clock or Clock(packet.time_base, packet.duration or 1)
             shift = clock.rising(packet.dts) - packet.dts - round(self.start / packet.time_base)
@@ -97,17 +103,16 @@ class Sound:
                 packet.stream = stream
                 yield packet
 
-    def encoded(self, audio, stream):
+    def encoded(self, frames, stream):
         """Yield AAC packets. PyAV's encoder resamples to the stream's rate and layout."""
         clock = None
-        for packet in self.source.demux(audio):
-            for frame in decoded(packet):
-                if clock is None:
-                    seconds = frame.samples / frame.sample_rate
-                    clock = Clock(frame.time_base, round(seconds / frame.time_base))
-                frame.pts = clock.rising(frame.pts) - round(self.start / frame.time_base)
-                if frame.pts >= 0:      # none from before the result starts
-                    yield from stream.encode(frame)
+        for frame in frames:
+            if clock is None:
+                seconds = frame.samples / frame.sample_rate
+                clock = Clock(frame.time_base, round(seconds / frame.time_base))
+            frame.pts = clock.rising(frame.pts) - round(self.start / frame.time_base)
+            if frame.pts >= 0:      # none from before the result starts
+                yield from stream.encode(frame)
         yield from stream.encode()
 
 
@@ -116,18 +121,9 @@ def is_slow_mp3(audio):
     return audio.codec_context.name.startswith("mp3") and audio.rate < 16_000
 
 
-def decoded(packet):
-    import av
-    try:
-        return packet.decode()
-    except av.InvalidDataError:
-        return []       # a damaged packet: a gap of some milliseconds
-
-
-def add_aac(out, audio):
-    """An AAC stream of the rate nearest to a source's, of the rates that there are; mono or stereo."""
+def add_aac(out, rate, mono):
+    """An AAC stream, mono or stereo, of the rate nearest to a source's, of the rates that there are."""
     import av
     rates = av.Codec("aac", "w").audio_rates
-    rate = min(rates, key=lambda r: abs(r - audio.rate))
-    layout = "mono" if audio.channels == 1 else "stereo"
-    return out.add_stream("aac", rate=rate, layout=layout)
+    nearest = min(rates, key=lambda r: abs(r - rate))
+    return out.add_stream("aac", rate=nearest, layout="mono" if mono else "stereo")

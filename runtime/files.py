@@ -5,6 +5,8 @@ It imports none of the others.
 import argparse
 import errno
 import os
+import re
+import secrets
 import shutil
 import signal
 import stat
@@ -21,7 +23,7 @@ class UserError(Exception):
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     open_closed_streams()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # by way of all `finally`s
+    leave_on_signals()
     try:
         result = main()
         sys.stdout.flush()
@@ -31,24 +33,47 @@ def run(main):
         name = f"{UserError.__module__}.UserError: "
         message = "error: " + str(e).strip().splitlines()[-1].removeprefix(name)
         code = 2
-    except KeyboardInterrupt:
-        message = "stopped"
+    except KeyboardInterrupt as e:
+        message = f"stopped: {e}" if str(e) else "stopped"
         code = 130
     except BrokenPipeError:     # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(1)
-    except torch.OutOfMemoryError:
-        message = ("error: not enough memory on the GPU: close what else uses it, "
-                   "or give meta_train.py a smaller --batch")
-        code = 2
-    except (RuntimeError, OSError) as e:
-        if not short_of_shared_memory(e):
+    except (MemoryError, RuntimeError, OSError, ImportError) as e:
+        if short_of_shared_memory(e):
+            message = ("error: too little shared memory for the loader's workers: give it more room "
+                       "(docker run --shm-size 1g, or mount -o remount,size=1g /dev/shm)")
+        elif short_of_memory(e):
+            where = " on the GPU" if isinstance(e, torch.OutOfMemoryError) else ""
+            message = (f"error: not enough memory{where}: close what else uses it, or give meta_train.py "
+                       "a smaller --batch, data.py fewer --workers")
+        else:
             raise
-        message = ("error: too little shared memory for the loader's workers: give it more room "
-                   "(docker run --shm-size 1g, or mount -o remount,size=1g /dev/shm)")
         code = 2
     print(message, file=sys.stderr)     # only now: a progress bar has been closed with the exception
     sys.exit(code)
+
+
+def leave_on_signals():
+    """SIGTERM and SIGHUP, a connection that broke, end the process by way of all `finally`s.
+
+    One that is ignored stays so, which is what nohup asks for.
+    """
+    def leave(number, frame):
+        forget_lost_terminal()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, leave)
+
+
+def forget_lost_terminal():
+    """What would be written to a terminal that is gone, goes nowhere: else every line is an error."""
+    for number in (1, 2):
+        is_device = stat.S_ISCHR(os.fstat(number).st_mode)
+        if is_device and not os.isatty(number):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def make_parser(doc):
@@ -77,6 +102,22 @@ def short_of_shared_memory(error):
     """Whether torch's DataLoader failed for want of room in /dev/shm, where its workers hand over batches."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
+
+
+# in the words of C, torch's allocators, C++, the linker, oneDNN, and of a loader whose worker Linux killed
+OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment|"
+                           r"could not create a primitive$|is killed by signal: Killed")
+
+
+def short_of_memory(error):
+    """Whether an error says that there is too little memory: on a CPU, torch's is a plain RuntimeError."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def pass_on_want_of_memory(error):
+    """Raise it again if that is what it says. For those who take any other exception for a damaged file."""
+    if short_of_memory(error):
+        raise error
 
 
 def warn(message):
@@ -113,6 +154,13 @@ def check_least(args, least, *names):
             raise UserError(f"--{name.replace('_', '-')} {value}: {least} or more is needed")
 
 
+def check_idle(args, reason, *names):
+    """UserError for those of these flags (as argparse names them) that are given, but change nothing."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+    if given:
+        raise UserError(f"{reason}: leave out {', '.join(given)}")
+
+
 def problem_of_input(path):
     """A few words on why a path cannot be read as a file; None where it can."""
     if os.path.isdir(path):
@@ -138,11 +186,24 @@ def problem_of_output(path, inputs):
         return "it is a folder"
     if mode is not None and not stat.S_ISREG(mode):     # a device, a pipe, a link to itself
         return "it is no regular file"
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        return f"no folder {os.path.dirname(path) or '.'} to write to"
+    name = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return f"no folder {name} to write to"
+    if not os.access(folder, os.W_OK):
+        return f"the folder {name} is read-only"
     if mode is not None and any(os.path.samefile(target, i) for i in inputs):
         return "it is also an input, and would be lost"
     return None
+
+
+def make_folder(path):
+    """Make the folder that --out names. UserError where that cannot be, or where it is read-only."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to --out {path}: {e.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to --out {path}: the folder is read-only")
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -155,12 +216,14 @@ def atomic(path):
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    # 50 characters are at most 200 bytes: the file's own name may have all 255 that there can be
-    temporary = os.path.join(folder, f"{os.path.basename(target)[:50]}.{os.getpid()}.tmp")
+    # Random, because processes in two containers can have the same number. 50 characters are at most 200
+    # bytes: the file's own name may have all 255 that there can be.
+    temporary = os.path.join(folder, f"{os.path.basename(target)[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.lexists(target) and not os.path.isfile(target):
             raise OSError(errno.EINVAL, "it is no regular file")
+        open(temporary, "x").close()    # with the permissions that any new file has; nobody else's file
         yield temporary
         move(temporary, target)
     except OSError as e:
@@ -171,7 +234,12 @@ def atomic(path):
 
 
 def move(temporary, target):
-    """Rename. A file that is a mount point (docker -v FILE:FILE) cannot be replaced, and is copied into."""
+    """Rename, with the permissions of the file that is replaced.
+
+    A file that is a mount point (docker -v FILE:FILE) cannot be replaced, and is copied into.
+    """
+    if os.path.exists(target):
+        shutil.copymode(target, temporary)
     try:
         os.replace(temporary, target)
     except OSError as e:

@@ -14,17 +14,20 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model import load_checkpoint, save_checkpoint
-from runtime.files import UserError, atomic, save_tensors, warn
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.files import (UserError, atomic, forget_lost_terminal, make_folder, pass_on_want_of_memory,
+                           save_tensors, warn)
 
-COLUMNS = ["step", "cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|", "samples/s", "wait%"]
+LOG_EVERY = 50  # steps
+LOGGED = ["cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"]      # what train_step returns
+COLUMNS = ["step", *LOGGED, "samples/s", "wait%"]
 
 
 class Training(NamedTuple):
     """What one rank saves, and finds again."""
     out: str            # the run's folder
     config: object
-    run_id: dict        # plain values that name the run
+    run: dict           # plain values that name the run; --resume compares them and the config
     nets: tuple         # E, G, D
     averages: tuple     # of E and G: what checkpoints hold
     optimizers: list
@@ -41,10 +44,7 @@ def open_run(out, resume):
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts failed runs again
     if done and not resume and not restarted:
         raise UserError(f"{out} already holds {len(done)} checkpoints: add --resume, or name another --out")
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
+    make_folder(out)
     return done
 
 
@@ -58,7 +58,7 @@ def clear(out, keep):
     """Delete checkpoints but those of the steps in `keep`, and what a killed run left behind."""
     for end in ("pt", r"rank-\d+\.state"):  # the .pt first: without it the rest does not count
         for file in Path(out).glob("step-*"):
-            match = re.fullmatch(rf"step-(\d+)\.{end}(\.\d+\.tmp)?", file.name)
+            match = re.fullmatch(rf"step-(\d+)\.{end}(\.[0-9a-f]{{16}}\.tmp)?", file.name)
             if match and (match[2] or int(match[1]) not in keep):
                 file.unlink()
 
@@ -67,9 +67,8 @@ def save_step(training, step):
     """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
     out, rank, world = training.out, training.rank, training.world
     E, G, D = training.nets
-    state = {"run": training.run_id, "D": D.state_dict(),
-             "optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
-    if training.config.ema:
+    state = {"D": D.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
+    if training.run["ema"]:
         state["nets"] = [E.state_dict(), G.state_dict()]
     save_tensors(state, f"{out}/step-{step}.rank-{rank}.state")
     if world > 1:
@@ -77,7 +76,7 @@ def save_step(training, step):
     if rank == 0:
         average_E, average_G = training.averages
         parts = {"E": average_E, "G": average_G, "V": D.V, "w0": D.w0, "b": D.b}
-        save_checkpoint(f"{out}/step-{step}.pt", "meta", training.config, step, **parts)
+        save_checkpoint(f"{out}/step-{step}.pt", "meta", training.config, step, training.run, **parts)
         clear(out, keep=checkpoints(out)[-2:])
     if world > 1:
         dist.barrier()      # nobody leaves before the checkpoint is there
@@ -91,7 +90,7 @@ def restore(training):
     (E, G, D), (average_E, average_G) = training.nets, training.averages
     average_E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
     average_G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
-    if training.config.ema:  # the checkpoint has the averages, the state the networks themselves
+    if training.run["ema"]:  # the checkpoint has the averages, the state the networks themselves
         E.load_state_dict(state["nets"][0])
         G.load_state_dict(state["nets"][1])
     D.load_state_dict(state["D"])
@@ -101,34 +100,58 @@ def restore(training):
 
 
 def newest_step(training):
-    """(step, checkpoint, state) of the newest step that every rank can read; (0, None, None) without one."""
-    steps = checkpoints(training.out)
+    """(step, checkpoint, state) of the newest step that every rank can read; (0, None, None) without one.
+
+    UserError, on all ranks alike, if there are only steps that cannot be read, or those of another run.
+    """
+    out, steps, advice = training.out, checkpoints(training.out), None
     for step in reversed(steps):
-        saved = read_step(training, step)
-        if not any_rank([saved is None], training.world, training.device)[0]:
-            return step, *saved
-    if steps:
-        raise UserError(f"none of the checkpoints in {training.out} can be read: "
-                        "name another --out to start anew")
-    return 0, None, None
+        path = f"{out}/step-{step}.rank-{training.rank}.state"
+        ckpt, state = read_step(training, step, path)
+        flags = [state is None, ckpt is not None, not os.path.exists(path)]
+        unreadable, usable, missing = any_rank(flags, training.world, training.device)
+        if not unreadable:
+            return step, ckpt, state
+        if usable and not advice:       # the newest
+            advice = f"start a new run from {out}/step-{step}.pt with --grow-from and another --out"
+            if missing:
+                advice = (f"a step-{step}.rank-R.state of every rank is needed beside step-{step}.pt: if the "
+                          f"run was copied here, copy these files, too; or {advice}")
+    if not steps:
+        return 0, None, None
+    advice = advice or "name another --out to start anew"
+    raise shared_error(training.rank, f"none of the checkpoints in {out} can be resumed: {advice}")
 
 
-def read_step(training, step):
-    """The two files of a complete step, None if one is damaged. UserError if they are of another run."""
-    path, rank, device = f"{training.out}/step-{step}", training.rank, training.device
+def read_step(training, step, path):
+    """The two files of a complete step: (checkpoint, this rank's state), None for one that cannot be read.
+
+    path: of the state. UserError if they are of another run, of which the checkpoint tells, so that all ranks
+    come to the same result.
+    """
     try:
-        ckpt = load_checkpoint(f"{path}.pt", device)
-        state = torch.load(f"{path}.rank-{rank}.state", map_location=device, weights_only=True)
-    except Exception as e:  # torch.load raises a dozen types on damaged files
-        reason = e if isinstance(e, UserError) else f"{path}.rank-{rank}.state is damaged"
-        warn(f"step {step} cannot be resumed by rank {rank}: {reason}")
-        return None
-    was = vars(ckpt["config"]) | state["run"]
-    now = vars(training.config) | training.run_id
+        ckpt = load_checkpoint(f"{training.out}/step-{step}.pt", training.device)
+    except UserError as e:
+        warn(f"step {step} cannot be resumed: {e}")
+        return None, None
+    was, now = vars(ckpt["config"]) | ckpt["run"], vars(training.config) | training.run
     changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
-        raise UserError(f"{training.out} cannot be resumed: {'; '.join(changed)}")
-    return ckpt, state
+        advice = f"Use the same again, or start a new run from {training.out}/step-{step}.pt with --grow-from"
+        raise shared_error(training.rank,
+                           f"{training.out} cannot be resumed: {'; '.join(changed)}. {advice}")
+    try:
+        return ckpt, torch.load(path, map_location=training.device, weights_only=True)
+    except Exception as e:  # torch.load raises a dozen types on damaged files
+        pass_on_want_of_memory(e)
+        reason = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
+        warn(f"step {step} cannot be resumed: {path} {reason}")
+        return ckpt, None
+
+
+def shared_error(rank, message):
+    """What to raise where all ranks have come to the same error: one of them says it, all leave alike."""
+    return UserError(message) if rank == 0 else SystemExit(2)
 
 
 # --------------------------------------------------------------------------------------------- the ranks
@@ -163,11 +186,11 @@ def any_rank(flags, world, device):
 
 
 def check_finite(values, weights, step, out, world):
-    """UserError, on all ranks, if a loss or one of the weights is NaN or Inf on any of them."""
-    finite = dict(zip(COLUMNS[1:], values.isfinite().tolist()))
+    """UserError, on all ranks, if a loss or one of the weights is NaN or infinite on any of them."""
+    finite = {name: bool(value.isfinite()) for name, value in values.items()}
     if weights:
         finite["a weight"] = all(torch.isfinite(w).all() for w in weights)
-    wrong = any_rank([not f for f in finite.values()], world, values.device)
+    wrong = any_rank([not f for f in finite.values()], world, values["cnt"].device)
     bad = [name for name, is_wrong in zip(finite, wrong) if is_wrong]
     if not bad:
         return
@@ -183,17 +206,21 @@ def check_finite(values, weights, step, out, world):
 # ------------------------------------------------------------------------------------------- the signals
 
 class Signals:
-    """While it is open, SIGTERM and SIGINT are noted in `came`, as (number, time): the loop saves and leaves.
+    """While it is open, signals that end a run are noted in `came`, as (number, time): the loop saves first.
 
-    One that comes seconds after the first ends the process at once (clusters send the first one twice).
+    They are SIGTERM, SIGINT and SIGHUP, but none that is ignored, as SIGHUP is under nohup. One that comes
+    seconds after the first ends the process at once (clusters send the first one twice).
     """
 
     def __enter__(self):
         self.came = []
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+                 if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def note(self, number, frame):
+        forget_lost_terminal()
         if self.came and time.time() - self.came[0][1] > 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -212,6 +239,7 @@ class Signals:
 def worker_signals(worker):
     """A loader's worker leaves signals to the main process, which may need one more batch; it waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(5))
 
@@ -236,7 +264,7 @@ class Log:
 
     def add(self, values, waited):
         """values: of train_step.  waited: seconds for the batch."""
-        self.values.append(values)
+        self.values.append(torch.stack([values[name] for name in LOGGED]))
         self.waited += waited
 
     def write(self, step, samples_per_step):

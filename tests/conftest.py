@@ -1,9 +1,7 @@
-"""Shared by the tests.
-
-Small networks, a real photo, a clip made from it, scripts run here or in their own process.
-"""
+"""What the tests share: small networks, a photo and a clip made from it, prepared files, running commands."""
 import functools
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -14,8 +12,8 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:     # `pytest -n 2`: a thread for each worker and what it starts,
-    os.environ["OMP_NUM_THREADS"] = "1"     # as two processes of two threads stand in each other's way
+if "PYTEST_XDIST_WORKER" in os.environ:     # `pytest -n 2`: one thread for each worker and its subprocesses,
+    os.environ["OMP_NUM_THREADS"] = "1"     # because two processes of two threads slow each other down
 
 import av
 import dlib
@@ -24,24 +22,26 @@ import pytest
 import torch
 from PIL import Image
 
-from config import Config
+from beyond.face3d import load_face3d
 from media.faces import landmark_detector
-from model import Discriminator, Embedder, Generator, save_checkpoint
+from model import Config, Discriminator, Embedder, Generator
+from runtime.checkpoint import save_checkpoint
 from runtime import files
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
 PHOTO = ROOT / "assets" / "astronaut.jpg"
-TINY = dict(min_channels=8, max_channels=16, landmarks="dlib", content="l1", lips=1.25)
-TINY_FLAGS = ["--toy", "--min-channels", "8", "--max-channels", "16", "--K", "2", "--batch", "2"]
+TINY = dict(channels=(8, 16, 16), landmarks="dlib", content="l1", lr=3e-4, lr_d=3e-4, finetune_lr=6e-4,
+            finetune_lr_d=6e-4, lips=1.25)
+TINY_FLAGS = ["--toy", "--channels", "8", "16", "16", "--K", "2", "--batch", "2"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="the long form of test_faults.py: two hours")
+    parser.addoption("--slow", action="store_true", help="run the long form of test_faults.py: two hours")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: the test may see the GPU, which is hidden from all others")
+    config.addinivalue_line("markers", "cuda: the test may use the GPU, which is hidden from all others")
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +51,14 @@ def few_threads_and_no_gpu(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-shape_predictor = functools.cache(dlib.shape_predictor)     # 100 MB and a second: read once for all tests
-frontal_detector = functools.cache(dlib.get_frontal_face_detector)      # a third of a second
+# Built once for all tests: the first takes 100 MB and a second, the other a third of a second.
+shape_predictor = functools.cache(dlib.shape_predictor)
+frontal_detector = functools.cache(dlib.get_frontal_face_detector)
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
 def script(*args, cwd, timeout=300, **env):
-    """Run `python SCRIPT ARGS` in a process of its own; no accelerator, no download."""
+    """Run `python SCRIPT ARGS` in a process of its own, without accelerators and downloads."""
     command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | OFFLINE | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -65,7 +66,7 @@ def script(*args, cwd, timeout=300, **env):
 
 @contextmanager
 def captured(out, err):
-    """What is written to stdout and stderr, by libraries too, goes to two files."""
+    """Redirect stdout and stderr, of Python and of libraries, to two files."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
@@ -79,12 +80,13 @@ def captured(out, err):
 
 
 def here(*args, cwd, **env):
-    """The same as `script` in this process, by the script's main(): without the seconds of a start.
+    """The same as `script`, but in this process, by calling the script's main(). This saves seconds.
 
-    A command in a folder is named as for `python -m`: "beyond.teach".
+    A module in a folder is named as for `python -m`: "beyond.teach".
     """
     module = importlib.import_module(args[0].removesuffix(".py"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with (tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err,
           pytest.MonkeyPatch.context() as patch):
         patch.chdir(cwd)
@@ -108,14 +110,14 @@ def here(*args, cwd, **env):
 
 
 def succeed(*args, start=here, **options):
-    """Run a script that must succeed, here or, start=script, in its own process. Returns what it printed."""
+    """Run a command that must succeed, and return its stdout. start: `here`, or `script` in a new process."""
     result = start(*args, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def fail(*args, start=here, **options):
-    """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
+    """Run a command that must fail with exit code 2 and one line on stderr, and return that line."""
     result = start(*args, **options)
     lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert result.returncode == 2, (result.returncode, result.stderr)
@@ -124,7 +126,7 @@ def fail(*args, start=here, **options):
 
 
 def torchrun(*arguments, cwd):
-    """Two ranks on CPUs, a thread each."""
+    """Run torchrun with two ranks on the CPU, with one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
@@ -132,14 +134,17 @@ def torchrun(*arguments, cwd):
 
 
 def tensors(path):
+    """The tensors in a checkpoint, by name."""
     return {k: v for k, v in torch.load(path, weights_only=True).items() if torch.is_tensor(v)}
 
 
 def same(a, b):
+    """Whether two dicts of tensors are equal."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def networks(size=64, num_videos=4, **config):
+    """-> Config, E, G, D: tiny and untrained, always with the same weights."""
     torch.manual_seed(0)
     cfg = Config(image_size=size, num_videos=num_videos, **TINY | config)
     return cfg, Embedder(cfg), Generator(cfg), Discriminator(cfg)
@@ -147,7 +152,7 @@ def networks(size=64, num_videos=4, **config):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A tiny, untrained meta checkpoint."""
+    """A tiny, untrained checkpoint as of meta-learning."""
     cfg, E, G, D = networks()
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     save_checkpoint(path, "meta", cfg, E=E, G=G, V=D.V, w0=D.w0, b=D.b)
@@ -160,13 +165,19 @@ def detect():
 
 
 @pytest.fixture(scope="session")
+def model():
+    """The bundled 3-D face model."""
+    return load_face3d()
+
+
+@pytest.fixture(scope="session")
 def face():
-    """The astronaut's head, uint8 (200, 240, 3): small and not square."""
+    """A photo of the astronaut's head, uint8 (200, 240, 3), which is small and not square."""
     return np.asarray(Image.open(PHOTO).crop((110, 0, 350, 200)))
 
 
 def write_clip(path, frames, pts, sound=True, rate=25):
-    """An mp4 of frames uint8 (H, W, 3) with time stamps in 1/12800 s and a tone."""
+    """Write an mp4 of frames uint8 (H, W, 3) with time stamps `pts` in 1/12800 s, and a tone as its sound."""
     frames = iter(frames)
     first = next(frames)
     with av.open(str(path), "w") as out:
@@ -189,15 +200,32 @@ def write_clip(path, frames, pts, sound=True, rate=25):
 
 
 def moving(face, n):
-    """n frames of 160 x 200 in which the head moves; frame 0 is the middle."""
+    """n frames of 160 x 200 pixels, cut from the photo `face` at different places, so that the head moves."""
     return [face[20 + k % 3:180 + k % 3, 20 + 2 * (k % 5):220 + 2 * (k % 5)] for k in range(n)]
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, face):
-    """20 frames at a variable rate, with sound; no face in frames 7 and 8."""
+    """A clip of 20 frames at a variable rate, with sound, and without a face in frames 7 and 8."""
     frames = moving(face, 20)
     frames[7] = frames[8] = np.zeros_like(frames[0])
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     write_clip(path, frames, np.cumsum([512] * 10 + [768] * 10) - 512)
     return path
+
+
+def prepare(path, frames, points, **times):
+    """Write a file as data.py makes it, of frames uint8 (n, S, S, 3) and landmarks (n, 68, 2).
+
+    times: "file" and "seconds" of the frames, or nothing.
+    """
+    jpegs = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+        jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
+    offsets = torch.tensor([0] + [len(jpeg) for jpeg in jpegs]).cumsum(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.tensor(points),
+                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]), "detector": "dlib"}
+                       | {name: torch.tensor(values) for name, values in times.items()}, path)

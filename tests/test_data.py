@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 import data
+from beyond.augment import recolour_and_mirror, warp
 from beyond.toy import ToyHeads
-from config import Config
 from conftest import PHOTO, fail, here, moving, script, succeed, write_clip
-from media import decode, faces, folders
+from media import crops, faces, folders, photos
 from runtime.files import UserError
 
 
@@ -30,7 +30,9 @@ def test_landmark_groups_and_colours():
         angle = np.linspace(0, 4.5, len(members))       # three quarters of a circle
         points[members] = 128 + 80 * np.stack([np.cos(angle), np.sin(angle)], 1)
         y = data.draw_landmarks(points, 256)
-        assert {tuple(c) for c in y.reshape(-1, 3)} == {(0, 0, 0), colour}, name
+        drawn = y.reshape(-1, 3)
+        assert {tuple(c) for c in drawn[(drawn == colour).all(-1)]} == {colour}, name
+        assert (drawn[:, np.array(colour) == 0] == 0).all(), name       # no other colour, but darker edges
         for k in members:
             x, row = points[k].round().astype(int)
             assert (y[row - 1:row + 2, x - 1:x + 2] == colour).all(-1).any(), name
@@ -38,7 +40,7 @@ def test_landmark_groups_and_colours():
         assert (y[row - 2:row + 3, x - 2:x + 3] == colour).all(-1).any() == closed, name
 
 
-@pytest.mark.parametrize("size,rows", [(64, 1), (128, 1), (256, 2), (512, 4)])
+@pytest.mark.parametrize("size,rows", [(64, 0.5), (128, 1), (256, 2), (512, 4)])
 def test_lines_grow_with_the_image(size, rows):
     points = np.full((68, 2), -1000.0)
     points[17:22] = np.stack([np.linspace(.25, .75, 5) * size, np.full(5, size / 2)], 1)
@@ -48,15 +50,15 @@ def test_lines_grow_with_the_image(size, rows):
 
 def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
     """The detector, asked again, agrees; and the person's right eye is still drawn as the right one."""
-    image = decode.read_photo(PHOTO)
+    image = photos.read_photo(PHOTO)
     points = detect(image)
-    box = faces.face_box(points)
-    frame, points = faces.crop(image, box, 256), faces.to_crop(points, box, 256)
+    box = crops.face_box(points)
+    frame, points = crops.crop(image, box, 256), crops.to_crop(points, box, 256)
     eyes = np.linalg.norm(points[36] - points[45])
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        frames, moved = data.warp(rng, frame[None], points[None])
-        frames, moved = data.recolour_and_mirror(rng, frames, moved)
+        frames, moved = warp(rng, frame[None], points[None])
+        frames, moved = recolour_and_mirror(rng, frames, moved)
         again = detect(np.ascontiguousarray(frames[0]))
         assert np.linalg.norm(again - moved[0], axis=1).mean() < 0.05 * eyes
         assert moved[0, 36, 0] < moved[0, 45, 0] and not np.array_equal(frames[0], frame)
@@ -65,29 +67,35 @@ def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
 
 
 def test_how_often_a_sequence_is_drawn():
+    """Every sequence as often as any other; one frame is enough for a still, and an episode needs two."""
     class Videos(ToyHeads):
-        def count(self, i):
-            return (1, 2, 7)[i]
+        def usable(self, i):
+            return np.arange((0, 1, 2, 7)[i])
 
-        def load(self, i, choose):
+        def load(self, i, ts):
+            assert max(ts) < (0, 1, 2, 7)[i]
             return np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 68, 2))
-    share = lambda **flags: np.bincount([episodes[n][0] for n in range(400)], minlength=3) / 400 \
-        if (episodes := data.Episodes(Videos(3), 1, 1, config=Config(image_size=64, **flags))) else None
-    assert share() == pytest.approx([1 / 3] * 3, abs=.08)
-    assert share(by_frames=True) == pytest.approx([.1, .2, .7], abs=.08)
-    assert share(by_frames=True, stills=1.0) == pytest.approx([1 / 3] * 3, abs=.08)
-    assert data.draw_frames(np.random.default_rng(0), 9, 3, still=True) == [7] * 4
+
+    def share(stills):
+        episodes = data.Episodes(Videos(4), 1, 1, stills=stills)
+        return np.bincount([episodes[n][0] for n in range(400)], minlength=4) / 400
+    assert share(0.0) == pytest.approx([0, 0, 1 / 2, 1 / 2], abs=.08)
+    assert share(1.0) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=.08)
+    assert len(set(data.draw_frames(np.random.default_rng(0), np.arange(9), 3, still=True))) == 1
+    with pytest.raises(UserError, match="two frames that training can use"):
+        data.Episodes(Videos(2), 1, 1)
 
 
 def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, detect):
     frame = face[:200, :240]
     Image.fromarray(frame).save(tmp_path / "a.png")
     write_clip(tmp_path / "a.mp4", [frame] * 5, np.arange(5) * 512, sound=False)
-    (photo, points, _), = folders.faces_in(tmp_path / "a.png", detect, 128)
+    shot, = folders.faces_in(tmp_path / "a.png", detect, 128)
     frames = list(folders.faces_in(tmp_path / "a.mp4", detect, 128))
     assert len(frames) == 5
-    for picture, p, _ in frames:
-        assert np.abs(picture.astype(int) - photo).mean() < 4 and np.abs(p - points).max() < 2
+    for frame in frames:
+        assert np.abs(frame.image.astype(int) - shot.image).mean() < 4
+        assert np.abs(frame.points - shot.points).max() < 2
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +136,27 @@ def test_preparing_a_folder(videos, tmp_path):
     (tmp_path / "out/person.pt").unlink()
     again = succeed(*arguments, "--max-frames", "3", cwd=tmp_path)
     assert "1 sequences with 2 frames prepared, 3 were there" in again
+
+
+def test_several_people_in_one_folder_and_photos_above_max_frames_are_told(tmp_path, face):
+    """She alone is one person, in a folder of her own and as a clip; with Mona Lisa beside her she is not."""
+    flat = tmp_path / "flat"
+    (flat / "her").mkdir(parents=True)
+    photos = {"a": Image.open(PHOTO), "b": Image.fromarray(face), "c": Image.open(PHOTO).resize((480, 480)),
+              "x": Image.open(PHOTO.with_name("mona_lisa.jpg")).convert("RGB")}
+    photos["y"] = photos["x"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name in "abc":
+        photos[name].save(flat / f"her/{name}.png")
+    for name in "abxy":
+        photos[name].save(flat / f"{name}.png")
+    write_clip(flat / "clip.mp4", moving(face, 4), np.arange(4) * 512)
+    command = ["data.py", "--videos", "flat", "--landmarks", "dlib", "--image-size", "64", "--workers", "1"]
+    said = succeed(*command, "--out", "out", cwd=tmp_path)
+    line, = (line for line in said.splitlines() if "several people" in line)
+    assert line.startswith("  flat: the files seem") and "give each a folder" in line
+    assert "left out" not in said
+    said = succeed(*command, "--out", "few", "--max-frames", "2", cwd=tmp_path)
+    assert "left out by --max-frames 2: 3 photos and clips of _photos, her\n" in said
 
 
 def tree(root, *paths):
@@ -187,8 +216,8 @@ def test_max_frames_are_spread_evenly(clip, detect):
     few = list(folders.faces_in(clip, detect, 64, 3))
     every = list(folders.faces_in(clip, detect, 64))
     assert len(few) == 3 and len(every) == 18
-    assert [face[2] for face in few] == pytest.approx([0, 0.4, 0.94], abs=0.07)
-    assert np.abs(few[-1][1] - every[-1][1]).max() < 1                          # the last frame is among them
+    assert [shot.seconds for shot in few] == pytest.approx([0, 0.4, 0.94], abs=0.07)
+    assert np.abs(few[-1].points - every[-1].points).max() < 1                  # the last frame is among them
 
 
 def test_prepared_frames_and_landmarks_belong_together(tmp_path):
@@ -200,30 +229,32 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
         jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
     landmarks = torch.stack([torch.from_numpy(p) for _, p in pairs])
-    torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "image_size": 128,
-                "landmarks": landmarks, "detector": "dlib"}, tmp_path / "a.pt")
-    frames, points = data.PreparedVideos(tmp_path).load(0, lambda n: [2, 0])
+    torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "image_size": 128, "landmarks": landmarks,
+                "made_up": torch.tensor([0.0, 0.101, 0.1]), "detector": "dlib"}, tmp_path / "a.pt")
+    videos = data.PreparedVideos(tmp_path)
+    assert videos.count(0) == 3 and videos.usable(0).tolist() == [0, 2]     # at most a tenth is made up
+    frames, points = videos.load(0, [2, 0])
     assert np.abs(frames[0].astype(int) - pairs[2][0]).mean() < 6
     assert points[1] == pytest.approx(pairs[0][1], abs=1e-4)
-    small, half = data.PreparedVideos(tmp_path, 64).load(0, lambda n: [2, 0])
+    small, half = data.PreparedVideos(tmp_path, 64).load(0, [2, 0])
     assert small.shape == (2, 64, 64, 3) and half == pytest.approx((points + .5) / 2 - .5, abs=1e-4)
     with pytest.raises(UserError, match="--image-size 256"):
         data.PreparedVideos(tmp_path, 256)
 
 
-def test_parts_prepared_differently_are_told(tmp_path):
-    sequence = {"jpeg": torch.zeros(1), "offsets": torch.zeros(1),
-                "landmarks": torch.zeros(0, 68, 2), "detector": "dlib"}
-    for part, difference in (("a", {"image_size": 128}), ("b", {"image_size": 64}),
-                             ("c", {"image_size": 128, "detector": "fan"})):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "0.pt").write_text("a damaged file first")
-        torch.save(sequence | difference, tmp_path / part / "1.pt")
-    with pytest.raises(UserError, match="c was prepared with fan landmarks, another part .* with dlib"):
+def test_sequences_that_were_prepared_differently_are_told(tmp_path):
+    """Every sequence is checked, because folders may have been copied together."""
+    sequence = {"jpeg": torch.zeros(1), "offsets": torch.zeros(1), "landmarks": torch.zeros(0, 68, 2),
+                "made_up": torch.zeros(0), "detector": "dlib"}
+    (tmp_path / "0.pt").write_text("a damaged file first")
+    for name, difference in (("1.pt", {"image_size": 128}), ("2.pt", {"image_size": 64}),
+                             ("3.pt", {"image_size": 128, "detector": "fan"})):
+        torch.save(sequence | difference, tmp_path / name)
+    with pytest.raises(UserError, match="3.pt was prepared with fan landmarks, but .*1.pt with dlib"):
         data.PreparedVideos(tmp_path)
-    (tmp_path / "c" / "1.pt").unlink()
+    (tmp_path / "3.pt").unlink()
     assert data.PreparedVideos(tmp_path).image_size == 64
-    with pytest.raises(UserError, match="b was prepared at 64 pixels"):
+    with pytest.raises(UserError, match="2.pt was prepared at 64 pixels"):
         data.PreparedVideos(tmp_path, 128)
 
 
@@ -231,11 +262,12 @@ def test_the_target_is_never_among_the_K():
     rng = np.random.default_rng(0)
     for count in (2, 3, 9, 50):
         for _ in range(200):
-            t, *s = data.draw_frames(rng, count, 8)
+            t, *s = data.draw_frames(rng, np.arange(count), 8)
             assert len(s) == 8 and t not in s and max(s + [t]) < count
             # without repetition where possible
             assert len(set(s)) == min(8, count - 1) or count < 9
-    assert {data.draw_frames(rng, 9, 8)[0] for _ in range(200)} == set(range(9))
+    assert {data.draw_frames(rng, np.arange(9), 8)[0] for _ in range(200)} == set(range(9))
+    assert {t for _ in range(99) for t in data.draw_frames(rng, np.array([1, 5, 6]), 2)} == {1, 5, 6}
 
 
 def test_episodes_are_a_pure_function_and_ranks_share_no_row():
@@ -278,7 +310,7 @@ def test_float_and_back():
 
 @pytest.mark.parametrize("arguments,words", [
     (["--videos", "nowhere"], "no folder nowhere"), (["--videos", "."], "neither videos nor photos"),
-    (["--workers", "-1"], "--workers"), (["--image-size", "0"], "image size 0")])
+    (["--workers", "-1"], "--workers"), (["--image-size", "0"], "--image-size 0")])
 
 
 def test_wrong_folders(tmp_path, arguments, words):

@@ -1,14 +1,13 @@
-"""faces.py and photos: which face is meant, crops, pictures of every kind."""
+"""faces.py, crops.py and finetune.load_photos: which face is meant, crops, what is said about photos."""
 import io
 
-import av
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 import finetune
 from conftest import PHOTO
-from media import decode, faces, folders
+from media import crops, faces, folders
 from model import Config
 from runtime.files import UserError
 
@@ -16,10 +15,10 @@ from runtime.files import UserError
 def test_crop_follows_its_definition(face):
     points = np.zeros((68, 2), np.float32)
     points[36:42], points[42:48], points[[48, 54]] = (100, 90), (140, 90), (120, 130)
-    assert faces.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
+    assert crops.face_box(points) == pytest.approx([120, 110, max(2 * 40, 1.8 * 40)])
     box = np.array([120.0, 100.0, 50.0])
     centre, corner = (120.0, 100.0), (70.0, 50.0)
-    mapped = faces.to_crop(np.array([centre, corner]), box, 100)
+    mapped = crops.to_crop(np.array([centre, corner]), box, 100)
     assert mapped == pytest.approx(np.array([[49.5, 49.5], [-.5, -.5]]))
 
 
@@ -27,7 +26,7 @@ def test_a_crop_stays_in_the_picture_where_it_fits():
     image = np.zeros((100, 200, 3), np.uint8)
 
     def edges(*box):
-        x, y, half = faces.inside(np.array(box), image)
+        x, y, half = crops.inside(np.array(box), image)
         return x + .5 - half, x + .5 + half, y + .5 - half, y + .5 + half
     assert edges(100.0, 50.0, 30.0) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
     assert edges(10.0, 90.0, 30.0) == pytest.approx((0, 60, 40, 100))               # moved
@@ -38,16 +37,59 @@ def test_points_stay_on_the_same_pixels_in_the_crop():
     image = np.zeros((120, 160, 3), np.uint8)
     image[61:64, 81:84] = 255                                                   # a dot around (82, 62)
     box = np.array([90.3, 55.7, 40.2])
-    x, y = faces.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
-    bright = np.argwhere(faces.crop(image, box, 256)[..., 0] > 128).mean(0)
+    x, y = crops.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
+    bright = np.argwhere(crops.crop(image, box, 256)[..., 0] > 128).mean(0)
     assert (y, x) == pytest.approx(tuple(bright), abs=0.6)
 
 
-def test_crop_beyond_the_border_is_reflected():
-    image = np.arange(100, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2) * 2
-    out = faces.crop(image, np.array([0.0, 50.0, 20.0]), 40)[20, :, 0].astype(int)
-    assert abs(out[:19][::-1] - out[20:39]).max() <= 3                           # a mirror, not a streak
-    assert faces.crop(image[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
+def test_what_lies_beyond_the_border_goes_on_in_its_colours_and_shows_no_face(face, detect):
+    out = crops.crop(face, np.array([115.5, -20.5, 64.0]), 256)         # its upper 84 of 128 rows are made up
+    inside = crops.crop(face, np.array([115.5, 63.5, 64.0]), 256)       # this one begins with the picture
+    edge, known = 168, 88
+    assert np.abs(out[edge + 2:].astype(int) - inside[2:known]).mean() < 2           # what is there stays
+    border = out[edge + 2].astype(int)
+    assert np.abs(out[edge - 2] - border).mean() < 12                   # the colours of the border go on ...
+    detail = lambda rows: np.abs(np.diff(rows.astype(int), axis=1)).mean()
+    assert detail(out[:edge // 2]) < 0.15 * detail(out[edge:])          # ... ever more blurred
+    assert detect(np.ascontiguousarray(out[:edge])) is None
+    assert crops.crop(face[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
+
+
+def test_the_share_that_is_made_up():
+    image = np.zeros((100, 200, 3), np.uint8)
+    assert crops.made_up(np.array([99.5, 49.5, 50.0]), image) == pytest.approx(0)       # all of the height
+    assert crops.made_up(np.array([99.5, 49.5, 100.0]), image) == pytest.approx(0.5)
+    assert crops.made_up(np.array([-0.5, -0.5, 10.0]), image) == pytest.approx(0.75)
+
+
+def test_landmarks_are_finer_than_a_pixel(detect):
+    """dlib's own are whole pixels. On a quarter of the picture they are now nearly those of the whole one."""
+    image = np.asarray(Image.open(PHOTO))
+    expected = detect(image)
+    small = np.asarray(Image.fromarray(image).resize((128, 128), Image.LANCZOS))
+    found = faces.Face(tuple((np.array(detect.faces(image)[0].box) + 0.5) / 4 - 0.5), 1.0)
+    points = (detect.landmarks(small, found) + 0.5) * 4 - 0.5
+    rounded = (np.array(detect.predict(small, np.array(found.box))) + 0.5) * 4 - 0.5
+    eyes = np.linalg.norm(expected[36] - expected[45])
+    error = lambda p: np.linalg.norm(p - expected, axis=1).mean() / eyes
+    assert error(points) < 0.7 * error(rounded) and (points % 1).std() > 0.1
+    assert points.dtype == np.float32
+
+
+def test_small_and_tight_photos_get_a_line(tmp_path, face, detect, capsys):
+    config = Config(64, (8, 16, 16), landmarks="dlib")
+    tiny = Image.fromarray(face).resize((84, 70), Image.LANCZOS)
+    tight = face[25:170, 50:175]
+    Image.fromarray(tight).resize((500, 580)).save(tmp_path / "tight.png")
+    tiny.save(tmp_path / "tiny.png")
+    finetune.load_photos([PHOTO], config, detect)
+    assert capsys.readouterr().err == ""
+    finetune.load_photos([tmp_path / "tight.png"], config, detect)
+    line, = capsys.readouterr().err.splitlines()
+    assert "tight.png is cut tight" in line and "% of what is learned had to be made up" in line
+    finetune.load_photos([tmp_path / "tiny.png"], config, detect)
+    line, = capsys.readouterr().err.splitlines()
+    assert "tiny.png is only" in line and "pixels wide" in line
 
 
 def test_boxes_of_a_video_are_steady():
@@ -56,8 +98,8 @@ def test_boxes_of_a_video_are_steady():
     face[36:42], face[42:48], face[[48, 54]] = (100, 90), (140, 90), (120, 130)
     # jitter on a slow walk
     points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]
-    boxes = faces.steady_boxes(points, np.arange(100) / 25)
-    assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(faces.face_box(points)[:, 0])).max()
+    boxes = crops.steady_boxes(points, np.arange(100) / 25, np.zeros(100))
+    assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(crops.face_box(points)[:, 0])).max()
     assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5       # but it follows
 
 
@@ -69,67 +111,55 @@ def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
     assert detect(np.zeros((300, 200, 3), np.uint8)) is None
 
 
-def picture(path, image, **options):
-    image.save(path, **options)
-    return decode.read_photo(path)
+def head(size, at=(120, 110)):
+    """Landmarks (68, 2) in a circle but for eyes and mouth, `size` times as large."""
+    angle = np.linspace(0, 2 * np.pi, 68)
+    points = 40 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points[36:42], points[42:48], points[[48, 54]] = (-20, -20), (20, -20), (0, 20)
+    return size * points + at
 
 
-def test_photos_of_every_kind(tmp_path):
-    rgb = Image.new("RGB", (30, 20), (200, 100, 50))
-    assert picture(tmp_path / "a.png", rgb).shape == (20, 30, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                            # a phone held upright
-    assert picture(tmp_path / "b.jpg", rgb, exif=exif).shape == (30, 20, 3)
-    assert picture(tmp_path / "c.png", Image.new("L", (30, 20), 77))[0, 0].tolist() == [77] * 3
-    assert picture(tmp_path / "d.png", Image.new("RGBA", (30, 20), (9, 9, 9, 0)))[0, 0].tolist() == [255] * 3
-    deep = lambda level: Image.fromarray(np.full((4, 4), level, np.uint16))
-    assert picture(tmp_path / "e.png", deep(65535))[0, 0].tolist() == [255] * 3
-    assert picture(tmp_path / "f.png", deep(32768)).max() < 140
-    assert picture(tmp_path / "g.jpg", Image.new("CMYK", (30, 20))).shape == (20, 30, 3)
-    animated = dict(save_all=True, append_images=[rgb.convert("P")])
-    assert picture(tmp_path / "h.gif", rgb.convert("P"), **animated).shape == (20, 30, 3)
-    assert picture(tmp_path / "i.png", Image.new("LA", (30, 20), (0, 0)))[0, 0].tolist() == [255] * 3
-
-
-CORNER = np.zeros((32, 64, 3), np.uint8)
-CORNER[:16, :32] = 255      # top left
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
-    """PIL as a photo, FFmpeg as a driver of one frame."""
-    seen = set()
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = tmp_path / f"{orientation}.{suffix}"
-        Image.fromarray(CORNER).save(path, exif=exif, quality=95)
-        photo = decode.read_photo(path)
-        turned = orientation > 4
-        assert photo.shape == ((64, 32, 3) if turned else (32, 64, 3))
-        rows, columns = np.nonzero(photo[..., 0] > 128)
-        seen.add((turned, rows.mean() < photo.shape[0] / 2, columns.mean() < photo.shape[1] / 2))
-        frame = decode.to_rgb(next(decode.read_video(path)))
-        assert frame.shape == photo.shape and np.abs(frame.astype(int) - photo).mean() < 4
-    assert len(seen) == 8
-
-
-def test_odd_exif_costs_no_photo(tmp_path):
-    """Phones write such tags: here a number as text."""
-    exif = Image.Exif()
-    exif[0x0112], exif[0x011A] = 6, 72.0
-    Image.fromarray(CORNER).save(tmp_path / "a.jpg", exif=exif)
-    blob = (tmp_path / "a.jpg").read_bytes()
-    at = blob.index(b"\x01\x1a\x00\x05")        # XResolution, a fraction: now it is text
-    (tmp_path / "a.jpg").write_bytes(blob[:at + 3] + b"\x02" + blob[at + 4:])
-    assert decode.read_photo(tmp_path / "a.jpg").shape == (64, 32, 3)
+def shots_of(sizes, found=None, cuts=None, at=(120, 110)):
+    points = np.stack([head(size, at) for size in sizes])
+    points += np.random.default_rng(0).normal(0, 0.5, points.shape)
+    none = np.zeros(len(sizes), bool)
+    return crops.shots(points, ~none if found is None else found, none if cuts is None else cuts)
 
 
 def test_nothing_is_averaged_across_a_cut():
-    points = np.zeros((50, 68, 2))
-    points[:, 36:42], points[:, 42:48], points[:, [48, 54]] = (100, 90), (140, 90), (120, 130)
-    points[25:] += 300
-    assert faces.steady_boxes(points, np.arange(50) / 25)[:, 0] == pytest.approx([120] * 25 + [420] * 25)
+    points = np.stack([head(1)] * 25 + [head(1, (420, 110))] * 25)
+    shot = crops.shots(points, np.ones(50, bool), np.zeros(50, bool))
+    centres = crops.steady_boxes(points, np.arange(50) / 25, shot)[:, 0]
+    assert centres == pytest.approx([120] * 25 + [420] * 25)
+    points = np.stack([head(1)] * 25 + [head(1.2)] * 25)
+    shot = crops.shots(points, np.ones(50, bool), np.zeros(50, bool))
+    sizes = crops.steady_boxes(points, np.arange(50) / 25, shot)[:, 2]
+    assert sizes == pytest.approx([80] * 25 + [96] * 25)
+
+
+@pytest.mark.parametrize("zoom", [1.1, 1.2, 1.35, 1.5, 1 / 1.1, 1 / 1.35])
+def test_a_cut_that_zooms_is_a_cut(zoom):
+    assert (shots_of([1] * 20 + [zoom] * 20) == np.repeat([0, 1], 20)).all()
+    there_and_back = [1] * 20 + [zoom] * 8 + [1] * 20
+    assert (shots_of(there_and_back) == np.repeat([0, 1, 2], [20, 8, 20])).all()
+
+
+def test_what_is_no_cut():
+    lean = np.exp(np.log(1.5) * np.clip(np.linspace(-1, 2, 15), 0, 1))         # within five frames
+    assert (shots_of([1] * 20 + list(lean) + [1.5] * 20) == 0).all()
+    slip = [1] * 20 + [1.3] + [1] * 20
+    assert (shots_of(slip) == 0).all()
+    assert (shots_of([1] * 20 + [1.3, 1.35] + [1] * 20) == 0).all()
+    unseen = np.arange(40) // 5 != 4            # from 20 to 24: it may have come closer
+    assert (shots_of([1] * 25 + [1.2] * 15, unseen) == 0).all()
+
+
+def test_cuts_that_the_pictures_show_count_where_the_face_moves():
+    points, cuts = np.stack([head(1)] * 30 + [head(1, (140, 110))] * 10), np.arange(40) % 30 == 10
+    cuts[30] = True
+    assert (crops.shots(points, np.ones(40, bool), cuts) == np.repeat([0, 1], [30, 10])).all()
+    assert (crops.shots(points, np.ones(40, bool), np.zeros(40, bool)) == 0).all()      # quickly moved
+    assert (shots_of([1] * 40, cuts=cuts) == 0).all()
 
 
 def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
@@ -194,7 +224,8 @@ def test_which_face_and_the_words_on_it():
 def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
     said = []
     Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
-    (_, points, _), = folders.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
+    shot, = folders.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
+    assert shot.image.shape == (128, 128, 3)
     assert len(said) == 1 and "2 faces in" in said[0] and "on the left" in said[0]
     said.clear()
     list(folders.faces_in(PHOTO, detect, 128, complain=said.append))
@@ -220,9 +251,10 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
     said = []
     Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
     Image.fromarray(face).save(tmp_path / "upright.png")
-    (lying, points, _), = folders.faces_in(tmp_path / "lying.png", detect, 128, complain=said.append)
-    (upright, expected, _), = folders.faces_in(tmp_path / "upright.png", detect, 128)
-    assert words in said[0] and points == pytest.approx(expected, abs=1e-3) and np.array_equal(lying, upright)
+    lying, = folders.faces_in(tmp_path / "lying.png", detect, 128, complain=said.append)
+    upright, = folders.faces_in(tmp_path / "upright.png", detect, 128)
+    assert words in said[0] and lying.points == pytest.approx(upright.points, abs=1e-3)
+    assert np.array_equal(lying.image, upright.image)
 
 
 def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
@@ -235,66 +267,51 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     (tmp_path / "c.jpg").write_text("no picture")
-    config = Config(64, landmarks="dlib")
+    config = Config(64, (8, 16, 16), landmarks="dlib")
     photos = [tmp_path / "a.png", PHOTO, tmp_path / "b.png", tmp_path / "c.jpg"]
     with pytest.raises(UserError) as e:
-        finetune.load_parts(photos, config, detect)
+        finetune.load_photos(photos, config, detect)
     assert all(name in str(e.value) for name in ("a.png", "b.png", "c.jpg")) and "\n" not in str(e.value)
 
 
 def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
-    config = Config(64, landmarks="dlib")
+    config = Config(64, (8, 16, 16), landmarks="dlib")
     Image.fromarray(face).save(tmp_path / "her.png")
-    assert len(finetune.load_parts([PHOTO, tmp_path / "her.png"], config, detect)) == 2
+    assert len(finetune.load_photos([PHOTO, tmp_path / "her.png"], config, detect)) == 2
     assert capsys.readouterr().err == ""
-    finetune.load_parts([PHOTO, PHOTO.with_name("mona_lisa.jpg")], config, detect)
+    finetune.load_photos([PHOTO, PHOTO.with_name("mona_lisa.jpg")], config, detect)
     assert "mona_lisa.jpg may show somebody else" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- photos
-
-def wide_gamut():
-    """A profile whose red, green and blue are those of sRGB with the channels changed about: easy to tell."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    count = int.from_bytes(profile[128:132], "big")
-    tags = {bytes(profile[132 + 12 * k:136 + 12 * k]): 132 + 12 * k for k in range(count)}
-    red, green = (slice(tags[tag] + 4, tags[tag] + 12) for tag in (b"rXYZ", b"gXYZ"))
-    profile[red], profile[green] = profile[green], profile[red]
-    return bytes(profile)
+def blink(points, opening):
+    """Landmarks (68, 2) with each lower lid at `opening` widths of its eye below the upper one."""
+    points = points.copy()
+    for upper, lower, ends in (([37, 38], [41, 40], [36, 39]), ([43, 44], [47, 46], [42, 45])):
+        width = np.linalg.norm(np.subtract(*points[ends]))
+        points[lower] = points[upper] + (0, opening * width)
+    return points
 
 
-def test_colour_profiles_are_obeyed(tmp_path):
-    red = Image.new("RGB", (8, 8), (220, 20, 20))
-    for name in ("a.png", "b.jpg"):
-        red.save(tmp_path / name, icc_profile=wide_gamut())
-        assert decode.read_photo(tmp_path / name)[4, 4] == pytest.approx([20, 220, 20], abs=6)
-    red.convert("RGBA").save(tmp_path / "c.png", icc_profile=wide_gamut())
-    assert decode.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
-    red.save(tmp_path / "d.png", icc_profile=b"damaged")
-    assert decode.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
-    # of another mode than the picture
-    red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())
-    assert np.ptp(decode.read_photo(tmp_path / "e.png")[4, 4]) == 0
+def test_shut_eyes_are_told_and_open_ones_come_first(detect, monkeypatch, capsys):
+    shot, = folders.faces_in(PHOTO, detect, 64)
+    assert finetune.eye_opening(shot.points) == pytest.approx(0.33, abs=0.03)
+    assert finetune.eye_opening(blink(shot.points, 0.2)) == pytest.approx(0.2, abs=1e-3)
+    openings = {"a.jpg": [0.1], "b.jpg": [0.3], "c.jpg": [0.25],
+                "d.mp4": [0.1, 0.2, 0.3, 0.3], "e.mp4": [0.1, 0.1]}
 
+    def faces_in(path, *_, **named):
+        return [shot._replace(points=blink(shot.points, opening)) for opening in openings[path]]
+    monkeypatch.setattr(finetune, "faces_in", faces_in)
 
-def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
-    Image.fromarray(face).save(tmp_path / "a.jfif", "JPEG", quality=95)
-    assert np.abs(decode.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
-    # as a phone's: one HEVC or H.264 picture
-    with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=1, options={"crf": "5"})
-        stream.height, stream.width, stream.pix_fmt = *face.shape[:2], "yuv420p"
-        out.mux(stream.encode(av.VideoFrame.from_ndarray(face, format="rgb24")))
-        out.mux(stream.encode())
-    assert np.abs(decode.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    with open(tmp_path / "b.heic", "wb") as file:       # with EXIF, of which PyAV knows nothing
-        Image.fromarray(face).save(file, "AVIF", quality=95, exif=exif)
-    turned, profile = decode.read_still(tmp_path / "b.heic")
-    assert turned.shape == (face.shape[1], face.shape[0], 3) and profile is None
-    assert np.abs(turned.astype(int) - np.rot90(face, -1)).mean() < 6
-    with pytest.raises(UserError, match="is a folder, and a photo is wanted"):
-        decode.read_photo(tmp_path)
-    with pytest.raises(UserError, match="no file"):
-        decode.read_photo(tmp_path / "none.heic")
+    def load(*paths):
+        photos = finetune.load_photos(paths, Config(64, (8, 16, 16), landmarks="dlib"), detect)
+        found = [[round(float(o), 2) for o in finetune.eye_opening(photo.points)] for photo in photos]
+        return found, capsys.readouterr().err.splitlines()
+    shut = "warning: the eyes in {} are shut, or nearly so; a photo with open eyes looks better".format
+    first = "warning: pose and expression are those of {}, because the eyes in a.jpg are shut".format
+    assert load("b.jpg", "c.jpg") == ([[0.3], [0.25]], [])              # the user's order, where it is good
+    assert load("a.jpg") == ([[0.1]], [shut("a.jpg")])
+    assert load("a.jpg", "b.jpg", "c.jpg") == ([[0.3], [0.1], [0.25]], [shut("a.jpg"), first("b.jpg")])
+    assert load("d.mp4") == ([[0.3, 0.1, 0.2, 0.3]], [])                # blinks are no fault of a clip
+    assert load("a.jpg", "d.mp4") == ([[0.3, 0.1, 0.2, 0.3], [0.1]], [shut("a.jpg"), first("d.mp4")])
+    assert load("a.jpg", "e.mp4") == ([[0.1], [0.1, 0.1]], [shut("a.jpg"), shut("e.mp4")])

@@ -22,6 +22,7 @@ Run once in full on one core of a Xeon, it gave:
 """
 import csv
 import ctypes
+import fcntl
 import os
 import pickle
 import random
@@ -31,6 +32,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +44,13 @@ import torch
 from PIL import Image
 
 import infer
-from config import Config
+import meta_train
 from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, moving, networks, same, script, succeed, tensors,
                       torchrun, write_clip)
 from data import Episodes, PreparedVideos, draw_landmarks, prepare
-from media.decode import read_photo, read_video, to_rgb
-from model import load_checkpoint
+from media.decode import read_video, to_rgb
+from media.photos import read_photo
+from runtime.checkpoint import load_checkpoint
 from runtime.files import UserError
 
 TRACK = ROOT / "assets" / "speech.npz"
@@ -102,7 +105,7 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
     if stage == "finetune" and not slow:
         pytest.skip("writes its file as infer.py does")
     command = {
-        "meta_train": ["meta_train.py", *TINY_FLAGS, "--ema", "0.9",
+        "meta_train": ["meta_train.py", *TINY_FLAGS,
                        "--steps", "40" if slow else "16", "--save-every", "5" if slow else "3",
                        "--out", "out", "--resume"],
         "data": ["data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib",
@@ -157,7 +160,7 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
 
 
 def test_a_signal_saves_and_leaves(tmp_path):
-    numbers = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
+    numbers = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sighup": signal.SIGHUP}
     flags = ["meta_train.py", *TINY_FLAGS, "--out"]
     processes = {run: start(*flags, run, "--steps", "100000", "--save-every", "100000", cwd=tmp_path)
                  for run in numbers}
@@ -178,6 +181,45 @@ def test_a_signal_saves_and_leaves(tmp_path):
         assert (tmp_path / run / f"step-{step + 1}.pt").exists()
 
 
+def test_a_signal_ends_data_with_all_its_workers(tmp_path, prepared):
+    """They leave nothing half written, and do not begin what waits in line."""
+    process = start("data.py", "--videos", prepared / "videos", "--out", "out", "--landmarks", "dlib",
+                    "--image-size", "512", "--workers", "2", cwd=tmp_path)
+    while not list(tmp_path.glob("out/*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGHUP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP and "Traceback" not in said and "Warning" not in said
+    assert len(list(tmp_path.glob("out/*.pt"))) < 30 and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_broken_connection_saves_too_unless_under_nohup(nohup, tmp_path):
+    """The terminal closes: every process of its session is told, and whatever is printed is an error."""
+    def own_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    ours, terminal = os.openpty()
+    command = [sys.executable, ROOT / "meta_train.py", *TINY_FLAGS, "--steps", "9999", "--save-every", "9999",
+               "--out", "run"]
+    log = open(tmp_path / "log", "w") if nohup else terminal
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=terminal, stdout=log, stderr=log,
+                               start_new_session=True, preexec_fn=own_terminal,
+                               env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    while not (tmp_path / "run/log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    os.close(terminal), os.close(ours)
+    if nohup:
+        time.sleep(2)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + (signal.SIGTERM if nohup else signal.SIGHUP)
+    assert len(list(tmp_path.glob("run/step-*.pt"))) == 1 and not list(tmp_path.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("damaged", ["step-4.pt", "step-4.rank-0.state"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
     flags = ["meta_train.py", *TINY_FLAGS, "--save-every", "2", "--out", "run"]
@@ -194,6 +236,28 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damaged, tmp_path):
     result = here(*flags, "--steps", "4", "--resume", cwd=tmp_path)
     assert result.returncode == 2 and "none of the checkpoints" in result.stderr.splitlines()[-1]
     assert (tmp_path / "run/step-4-best.pt").exists()
+
+
+def test_a_run_that_was_copied_without_its_states(tmp_path):
+    """The line says what is missing and what can be done, and both can."""
+    flags = ["meta_train.py", *TINY_FLAGS, "--save-every", "2"]
+    succeed(*flags, "--steps", "2", "--out", "run", cwd=tmp_path)
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "run/step-2.pt", tmp_path / "copy")
+    result = here(*flags, "--steps", "4", "--out", "copy", "--resume", cwd=tmp_path)
+    warning, error = result.stderr.splitlines()
+    assert result.returncode == 2 and "copy/step-2.rank-0.state is missing" in warning
+    assert "if the run was copied here, copy these files, too" in error
+    assert "start a new run from copy/step-2.pt with --grow-from and another --out" in error
+    # another run than the one that was copied: that comes first
+    line = fail(*flags, "--steps", "4", "--out", "copy", "--resume", "--K", "3", cwd=tmp_path)
+    assert "K was 2, now 3. Use the same again, or start a new run from copy/step-2.pt with --grow" in line
+    assert [file.name for file in (tmp_path / "copy").iterdir()] == ["step-2.pt"]
+    # the first advice, and the second
+    shutil.copy(tmp_path / "run/step-2.rank-0.state", tmp_path / "copy")
+    succeed(*flags, "--steps", "4", "--out", "copy", "--resume", cwd=tmp_path)
+    succeed(*flags, "--steps", "2", "--out", "new", "--grow-from", "copy/step-4.pt", cwd=tmp_path)
+    assert (tmp_path / "new/step-2.pt").exists()
 
 
 def two_ranks(folder, out, steps, change, *flags):
@@ -248,19 +312,46 @@ def test_two_ranks_share_e_and_g_and_part_in_d(live):
     assert "ranks was 2, now 1" in line         # the same number of ranks only
 
 
+def resume_with_two(out, cwd):
+    """Resume on two ranks, which must be refused -> our lines; torchrun's own report has a traceback."""
+    before = sorted((file.name, file.read_bytes()) for file in (cwd / out).iterdir())
+    result = torchrun(ROOT / "meta_train.py", *TINY_FLAGS, "--out", out, "--steps", "10", "--resume", cwd=cwd)
+    assert result.returncode != 0
+    assert not [name for name in ("resume", "meta_train", "files") if f'{name}.py", line' in result.stderr]
+    assert sorted((file.name, file.read_bytes()) for file in (cwd / out).iterdir()) == before
+    return [line for line in result.stderr.splitlines() if line.startswith(("error: ", "warning: "))]
+
+
+def test_a_run_of_one_rank_is_not_resumed_with_two(tmp_path):
+    succeed("meta_train.py", *TINY_FLAGS, "--out", "run", "--steps", "2", "--save-every", "2", cwd=tmp_path)
+    assert resume_with_two("run", tmp_path) == [
+        "error: run cannot be resumed: ranks was 1, now 2. Use the same again, or start a new run from "
+        "run/step-2.pt with --grow-from"]
+
+
+def test_all_ranks_refuse_if_the_state_of_one_is_missing(live, tmp_path):
+    shutil.copytree(live / "live", tmp_path / "moved")
+    for step in (6, 8):
+        (tmp_path / f"moved/step-{step}.rank-1.state").unlink()
+    *warnings, error = resume_with_two("moved", tmp_path)
+    assert len(warnings) == 2 and "step-8.rank-1.state is missing" in warnings[0]
+    assert "none of the checkpoints in moved can be resumed: a step-8.rank-R.state of every rank" in error
+    assert "copy these files, too; or start a new run from moved/step-8.pt with --grow-from" in error
+
+
 def test_a_rank_that_dies_is_started_again_and_all_agree_on_a_nan(live, tmp_path):
     """Rank 1 is killed at step 5: torchrun's restart goes on from step 4 as if nothing had been.
 
-    At step 9 it has a NaN.
+    At step 10, which would be saved, it has a NaN.
     """
     change = ("if (rank, step, restarts) == (1, 5, 0): os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    if (rank, step) == (1, 9): values[2] = float('nan')")
+              "    if (rank, step) == (1, 10): values['fm'].fill_(float('nan'))")
     result = two_ranks(tmp_path, "die", 12, change, "--max-restarts", "1")
     assert "exitcode: -9" in result.stderr
     assert "Unable to shutdown" not in result.stderr    # the other rank left when it was told to
     assert same(tensors(tmp_path / "die/step-8.pt"), tensors(live / "live/step-8.pt"))
     assert result.returncode != 0 and not (tmp_path / "die/step-10.pt").exists()
-    line = "error: step 9: fm is NaN or infinite. The last good checkpoint is die/step-8.pt"
+    line = "error: step 10: fm is NaN or infinite. The last good checkpoint is die/step-8.pt"
     assert result.stderr.count(line) == 2
 
 
@@ -281,23 +372,22 @@ def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
     videos = PreparedVideos(prepared / "out")
     good = [Episodes(videos, 2, 1)[n] for n in range(60)]
     broken = shutil.copytree(prepared / "out", tmp_path / "out")
-    victim = sorted(broken.glob("*.pt"))[0]
+    row = good[0][0]
+    victim = broken / os.path.relpath(videos.files[row], prepared / "out")
     victim.write_bytes(victim.read_bytes()[:200])
     episodes = Episodes(PreparedVideos(broken), 2, 1)
     again = [episodes[n] for n in range(60)]
     said = capsys.readouterr().err
-    assert said.count(victim.name) == 1 and "Another sample" in said            # told once
-    replaced = [a[0] == 0 for a in good]
-    assert any(replaced) and all(b[0] != 0 for b in again)
+    assert said.count(victim.name) == 1 and "is damaged" in said                # told once, at the start
+    replaced = [a[0] == row for a in good]
+    assert not all(replaced) and all(b[0] != row for b in again)
     # the others stay as they were
     assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)
-    episodes = Episodes(PreparedVideos(broken), 2, 1, config=Config(by_frames=True))
-    assert all(episodes[n][0] != 0 for n in range(60))      # it has no frames to be drawn by
-    for file in broken.glob("*.pt"):
+    for file in broken.glob("**/*.pt"):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         PreparedVideos(broken)
-    for file in broken.glob("*.pt"):        # as where a drive is gone: nothing to delete
+    for file in broken.glob("**/*.pt"):     # as where a drive is gone: nothing to delete
         file.unlink()
         file.symlink_to("/nowhere")
     with pytest.raises(UserError, match="cannot read .*No such file"):
@@ -346,7 +436,9 @@ def test_a_full_disk_or_a_read_only_folder_loses_nothing(hindrance, slow, tmp_pa
         processes.append(start(*command, cwd=folder, preexec_fn=hindrance))
     for process in processes:
         _, said = process.communicate(timeout=200)
-        assert process.returncode == 2 and "cannot write" in said.splitlines()[-1], said
+        line = said.splitlines()[-1]
+        assert process.returncode == 2 and "cannot write" in line, said
+        assert hindrance is limit_files or line.endswith("read-only"), said
         assert "Traceback" not in said, said
     assert all(file.read_bytes() == content for file, content in before.items())
     assert not list(tmp_path.rglob("*.tmp"))
@@ -424,7 +516,7 @@ def test_odd_videos(tmp_path, face, capsys):
         parts.append((tmp_path / f"{k}.h264").read_bytes())
     (tmp_path / "change.h264").write_bytes(b"".join(parts))
     shapes = [to_rgb(f).shape for f in read_video(tmp_path / "change.h264")]
-    assert shapes == [(120, 160, 3)] * 3 + [(240, 320, 3)] * 3
+    assert shapes == [(120, 160, 3)] * 6
     with av.open(str(tmp_path / "none.mkv"), "w") as out:                       # a stream without a frame
         stream = out.add_stream("ffv1", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -443,9 +535,8 @@ from media.folders import faces_in
 from media.faces import landmark_detector
 from media.tracking import load_track, track_video
 from runtime.files import UserError
-from perceptual import read_matconvnet
-from config import Config
-from model import load_checkpoint, load_networks
+from losses import read_matconvnet
+from runtime.checkpoint import load_checkpoint, load_networks
 torch.set_num_threads(1)
 detect = landmark_detector("dlib")
 read = {
@@ -593,11 +684,18 @@ def test_long_training_does_not_grow(slow, tmp_path):
     assert late < 1.05 * early
 
 
-def test_the_same_seed_gives_the_same_tensors(tmp_path):
+def test_the_same_seed_gives_the_same_tensors_and_resuming_is_exact(tmp_path, monkeypatch):
+    """With all that is ours, an average of the weights among it, and rates that fall."""
+    for name, value in dict(augment=True, stills=0.5, ema=0.9).items():
+        monkeypatch.setitem(meta_train.TOY, name, value)
+    flags = ["meta_train.py", *TINY_FLAGS, "--steps", "4", "--linear-decay", "--save-every", "2", "--out"]
     for out in ("a", "b"):
-        succeed("meta_train.py", *TINY_FLAGS, "--steps", "3", "--augment", "--stills", "0.5",
-                "--ema", "0.9", "--out", out, cwd=tmp_path)
-    assert same(tensors(tmp_path / "a/step-3.pt"), tensors(tmp_path / "b/step-3.pt"))
+        succeed(*flags, out, cwd=tmp_path)
+    a, b = (tensors(tmp_path / f"{out}/step-4.pt") for out in "ab")
+    assert same(a, b)
+    (tmp_path / "b/step-4.pt").unlink()
+    succeed(*flags, "b", "--resume", cwd=tmp_path)
+    assert same(a, tensors(tmp_path / "b/step-4.pt"))
 
 
 def test_nothing_is_written_elsewhere(tmp_path, checkpoint, short_track):

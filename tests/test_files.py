@@ -1,6 +1,7 @@
 """files.py: which paths may be read and written, writes that are whole or absent, errors of one line."""
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from runtime import files
+from media.folders import default_workers
+from runtime import device, files
 from runtime.files import UserError, atomic, check_paths
+from runtime.resume import clear
 
 
 def write(path, text="new"):
@@ -46,6 +49,39 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     assert (tmp_path / "pipe").is_fifo() and not os.path.isfile("/dev/null")
 
 
+def test_two_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
+    """As in two containers: whoever ends last has written it, whole."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with atomic(tmp_path / "out") as first, open(first, "w") as a:
+        a.write("the first, ")
+        with atomic(tmp_path / "out") as second, open(second, "w") as b:
+            b.write("the second, whole")
+        assert (tmp_path / "out").read_text() == "the second, whole"
+        a.write("whole")
+    assert (tmp_path / "out").read_text() == "the first, whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_resumed_run_clears_what_a_killed_one_left(tmp_path):
+    with atomic(tmp_path / "step-6.pt") as a, atomic(tmp_path / "step-6.rank-0.state") as b:
+        (tmp_path / "step-6.pt.notes").touch()
+        clear(tmp_path, keep=[6])
+        assert [p.name for p in tmp_path.iterdir()] == ["step-6.pt.notes"]
+        open(a, "w").close(), open(b, "w").close()
+
+
+def test_permissions_are_those_that_open_would_give(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "private").touch(0o600)
+    write(tmp_path / "private")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "\u00e9" * 125 + ".mp4", "\U0001f600" * 62 + ".mp4"])
 def test_names_as_long_as_there_are(tmp_path, name):
     check_paths([], [str(tmp_path / name)])
@@ -66,6 +102,12 @@ def test_a_mounted_file_is_written_into(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_read_only_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write all the same
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/a.mp4: the folder {tmp_path} is read-only"):
+        check_paths([], [str(tmp_path / "a.mp4")])
+
+
 def test_all_bad_inputs_are_named_at_once(tmp_path):
     (tmp_path / "good").touch()
     inputs = [str(tmp_path / "good"), str(tmp_path / "a.jpg"), None, str(tmp_path),
@@ -83,7 +125,8 @@ def test_all_bad_inputs_are_named_at_once(tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from runtime import files
+from media.folders import default_workers
+from runtime import device, files
 def main():
     {body}
 files.run(main)
@@ -108,6 +151,17 @@ def test_errors_of_one_line(tmp_path, capsys):
         files.run(lambda: raised("CUDA out of memory. Tried to allocate 2.00 GiB", torch.OutOfMemoryError))
     said = capsys.readouterr().err
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--batch" in said
+    for words, kind in (("", MemoryError), ("std::bad_alloc", RuntimeError),
+                        ("Cannot allocate memory", OSError),
+                        ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                         "memory: you tried to allocate 67108864 bytes.", RuntimeError),
+                        ("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+                         RuntimeError),
+                        ("DataLoader worker (pid 7) is killed by signal: Killed. ", RuntimeError)):
+        with pytest.raises(SystemExit) as left:
+            files.run(lambda: raised(words, kind))
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and len(said.splitlines()) == 1 and "not enough memory: close" in said
     with pytest.raises(RuntimeError, match="a fault of ours"):      # it keeps its traceback
         files.run(lambda: raised("a fault of ours"))
     names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')",
@@ -115,15 +169,36 @@ def test_errors_of_one_line(tmp_path, capsys):
     assert names.returncode == 0 and "wrote caf" in names.stdout
 
 
-def test_sigterm_leaves_no_temporary_file(tmp_path):
-    """As timeout, docker stop and clusters end a program."""
+def test_too_little_memory_is_one_line_and_damages_nothing(tmp_path):
+    """And a checkpoint that cannot be read for want of it is not called damaged, or it is thrown away."""
+    torch.save({"x": torch.zeros(50_000_000)}, tmp_path / "large.pt")
     body = """
+    from runtime.checkpoint import load_checkpoint
+    used = int(open("/proc/self/statm").read().split()[5]) * 4096       # the data segment
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 50_000_000,) * 2)
+    {}"""
+    for line in ("load_checkpoint('large.pt')", "torch.zeros(50_000_000)", "bytearray(200_000_000)"):
+        done = run(tmp_path, "import resource, torch" + body.format(line))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "error: not enough memory: close what else uses it" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_file(tmp_path, number):
+    """As timeout, docker stop and clusters end a program, and a connection that breaks."""
+    body = f"""
     with files.atomic("result") as temporary:
         open(temporary, "w").close()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), {int(number)})
         time.sleep(60)"""
-    done = run(tmp_path, "import os, signal, time" + body)
-    assert done.returncode == 143 and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+    done = run(tmp_path, "import os, time" + body)
+    assert done.returncode == 128 + number and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+
+
+def test_nohup_is_obeyed(tmp_path):
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('went on')"
+    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run(tmp_path, body, preexec_fn=ignored).stdout == "went on\n"
 
 
 def test_nobody_reads_what_is_printed(tmp_path):
@@ -144,3 +219,57 @@ def test_a_closed_stderr_takes_no_file_s_place(tmp_path):
     done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path,
                           capture_output=True, timeout=120)
     assert done.returncode == 0 and (tmp_path / "result").read_text() == "whole"
+
+
+# --------------------------------------------------------- device.py: what is left to this process
+
+QUOTAS = {  # what the system says of a container that may use 2.5 cores and 3 GB, a half of which is taken
+    "version 2": ("0::/", {
+        "cpu.max": "250000 100000\n", "memory.max": "3000000000", "memory.current": "1600000000",
+        "memory.stat": "anon 1500000000\ninactive_file 60000000\nactive_file 40000000\n"}),
+    "version 2, around its own group": ("0::/user.slice/job", {
+        "user.slice/cpu.max": "250000 100000", "user.slice/job/cpu.max": "max 100000",
+        "user.slice/memory.max": "3000000000", "user.slice/memory.current": "1500000000",
+        "user.slice/job/memory.max": "max", "user.slice/job/memory.current": "1000000000"}),
+    "version 1": ("5:cpu,cpuacct:/docker/1f\n4:memory:/docker/1f\n1:cpuset:/\n0::/", {
+        "cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000",
+        "memory/memory.limit_in_bytes": "3000000000", "memory/memory.usage_in_bytes": "1600000000",
+        "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 60000000\ntotal_active_file 40000000\n"}),
+    "without a limit": ("4:memory:/\n1:cpu:/\n0::/", {
+        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "cpu.max": "max 100000",
+        "memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5000000000"})}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of 8 cores and 4.096 GB of free memory, whose control groups say nothing yet."""
+    monkeypatch.setattr(device, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(device, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    meminfo = "MemTotal:  99999 kB\nMemAvailable:  4000000 kB\nHugePages_Total:  0\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", QUOTAS)
+def test_cores_and_memory_of_a_container(machine, kind):
+    groups, said = QUOTAS[kind]
+    (machine / "proc/self/cgroup").write_text(groups)
+    for name, words in said.items():
+        (machine / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (machine / "groups" / name).write_text(words)
+    limited = kind != "without a limit"
+    assert device.usable_cores() == (2 if limited else 8)
+    assert device.free_memory() == (1.5e9 if limited else 4.096e9)
+    assert default_workers("dlib") == (2 if limited else 6)         # 627 MB each
+
+
+def test_cores_and_memory_where_nothing_is_said(machine, monkeypatch):
+    assert device.usable_cores() == 8 and default_workers("dlib") == 6
+    (machine / "proc/meminfo").write_text("MemAvailable:  4000 kB\n")
+    assert default_workers("dlib") == 1
+    (machine / "proc/meminfo").unlink()
+    assert default_workers("dlib") == 8 and device.free_memory() == float("inf")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert device.usable_cores() == default_workers("dlib") == 1

@@ -1,4 +1,5 @@
 """grow.py: a network of 128 pixels starts with what one of 64 has learned; where bfloat16 is used."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from beyond.grow import grow
 from beyond.toy import ToyHeads
 from conftest import ROOT, TINY_FLAGS, fail, networks, tensors, torchrun
 from data import Episodes, to_float, to_tensors
-from model import save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from runtime.device import fast_dtype
 from runtime.files import UserError
 
@@ -21,54 +22,73 @@ def episodes(size):
     return Episodes(ToyHeads(4, size), K=1, slots=1)
 
 
-def test_a_grown_network_sees_what_the_small_one_saw(tmp_path):
-    """From 64 to 128 pixels: E, V and P start as they were, on the halved pictures."""
-    cfg, *small = networks(64, min_channels=16, max_channels=32)
-    large_cfg, *large = networks(128, min_channels=8, max_channels=32)
+def grown(tmp_path, old_size, channels, first):
+    """A small network with made-up statistics, and one of twice the size grown from it."""
+    cfg, *small = networks(old_size, channels=channels)
+    large_cfg, *large = networks(2 * old_size, channels=(first, *channels))
     with torch.no_grad():
-        small[1].P.bias.uniform_(-1, 1)
+        small[1].P.bias.uniform_(-0.5, 0.5)
+        small[1].P.gain.fill_(3.0)
     save(tmp_path / "small.pt", cfg, *small)
-    grow(*large, str(tmp_path / "small.pt"), large_cfg, episodes(128))
+    grow(*large, str(tmp_path / "small.pt"), large_cfg, episodes(2 * old_size))
+    return [net.eval() for net in small], [net.eval() for net in large]
 
-    frames, points = ToyHeads(4, 64).load(0, lambda count: range(4))
-    x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, 64, 64)
+
+@pytest.mark.parametrize("old_size, channels, first", [
+    (64, (16, 16, 32), 16), (64, (16, 16, 32), 24), (64, (16, 16, 32), 8), (128, (16, 16, 16, 32), 16),
+    (256, (16, 16, 16, 16, 32), 16)])
+def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_size, channels, first):
+    """E, V and P start as they were, on the halved pictures; G's first picture is nearly the old one, enlarged."""
+    small, large = grown(tmp_path, old_size, channels, first)
+    frames, points = ToyHeads(4, old_size).load(0, range(4))
+    x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, S, S)
     # what averages to x and y again
     X, Y = (F.interpolate(part, scale_factor=2.0) for part in (x, y))
     with torch.no_grad():
-        one = torch.ones(1, 32)
-        psi, grown = small[1].eval().project(one), large[1].eval().project(one)
-        assert torch.allclose(grown[:, :psi.shape[1]], psi, atol=1e-3)
-        e, e_grown = small[0].eval()(x, y), large[0].eval()(X, Y)
-        v, v_grown = small[2].eval().V(x, y)[0], large[2].eval().V(X, Y)[0]
+        e, e_grown = small[0](x, y), large[0](X, Y)
+        v, v_grown = small[2].V(x, y)[0], large[2].V(X, Y)[0]
+        pictures = F.interpolate(small[1](y, e), scale_factor=2.0, mode="bilinear")
+        pictures_grown = large[1](Y, e)
     for old, new in ((e, e_grown), (v, v_grown)):
         assert (old - new).norm() < 0.1 * old.norm()        # not equal: the borders differ
-    frames, points = ToyHeads(4, 128).load(3, lambda count: [0, 32])
+    coarse = lambda images: F.avg_pool2d(images, 8).flatten()       # an untrained G draws noise; this is its picture
+    alike = np.corrcoef(coarse(pictures), coarse(pictures_grown))[0, 1]
+    assert alike > 0.75 if first >= channels[0] else alike < 0.5
+    frames, points = ToyHeads(4, 2 * old_size).load(3, [0, 32])
     with torch.no_grad():
-        e_3 = large[0].eval()(*(to_float(part) for part in to_tensors(frames, points))).mean(0)
+        e_3 = large[0](*(to_float(part) for part in to_tensors(frames, points))).mean(0)
     assert torch.allclose(large[2].W[3], e_3, atol=1e-4)    # the row is what E makes of two frames
 
 
+def test_the_numbers_of_psi_find_their_places(tmp_path):
+    """The old final AdaIN's become the new final AdaIN's; where that is too narrow, the next block's."""
+    for first in (24, 16, 8):
+        small, large = grown(tmp_path, 64, (16, 16, 32), first)
+        with torch.no_grad():
+            e = torch.rand(1, 32)
+            old, new = small[1].project(e)[0], large[1].project(e)[0]
+        before = sum(small[1].psi_sizes[:-1])
+        assert torch.allclose(new[:before], old[:before], atol=1e-4)
+        final = new[-2 * first:]
+        if first >= 16:
+            gammas, betas = final[:16], final[first:first + 16]
+        else:
+            gammas, betas = new[before:before + 32].chunk(2)
+        assert torch.allclose(torch.cat([gammas, betas]), old[before:], atol=1e-4)
+        assert old[before:].std() > 0.1
+
+
 def test_sizes_and_widths_that_do_not_fit(tmp_path):
-    cfg, *small = networks(64, min_channels=16, max_channels=32)
+    cfg, *small = networks(64, channels=(16, 16, 32))
     save(tmp_path / "small.pt", cfg, *small)
     path = str(tmp_path / "small.pt")
-    same_cfg, *same = networks(64, min_channels=16, max_channels=32)
+    same_cfg, *same = networks(64, channels=(16, 16, 32))
     grow(*same, path, same_cfg, episodes(64))
     assert torch.equal(same[1].to_rgb.bias, small[1].to_rgb.bias)
-    for size, widths in ((256, (8, 32)), (128, (16, 32)), (128, (8, 16))):
-        cfg, *nets = networks(size, min_channels=widths[0], max_channels=widths[1])
-        with pytest.raises(UserError, match="64 and twice --min-channels"):
+    for size, channels in ((256, (16, 16, 16, 16, 32)), (128, (16, 16, 16, 32)[1:]), (128, (16, 8, 16, 32))):
+        cfg, *nets = networks(size, channels=channels)
+        with pytest.raises(UserError, match="it has 64 pixels and channels 16 16 32"):
             grow(*nets, path, cfg, episodes(size))
-
-
-@pytest.mark.parametrize("old, new", [(128, 256), (256, 512)])
-def test_other_sizes_are_not_inside_each_other(tmp_path, old, new):
-    """P and G's decoder would stay random, and the run go on as if nothing were wrong."""
-    cfg, *small = networks(old, min_channels=16, max_channels=32)
-    save(tmp_path / "small.pt", cfg, *small)
-    cfg, *large = networks(new, min_channels=8, max_channels=32)
-    with pytest.raises(UserError, match=f"it has {old} pixels"):
-        grow(*large, str(tmp_path / "small.pt"), cfg, episodes(new))
 
 
 def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
@@ -78,8 +98,8 @@ def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
         command = ["meta_train.py", *TINY_FLAGS, "--steps", 1, "--out", tmp_path / out, *flags]
         monkeypatch.setattr("sys.argv", list(map(str, command)))
         meta_train.main()
-    train("small", "--min-channels", 16)
-    train("large", "--image-size", 128, "--grow-from", tmp_path / "small/step-1.pt")
+    train("small")
+    train("large", "--image-size", 128, "--channels", 8, 8, 16, 16, "--grow-from", tmp_path / "small/step-1.pt")
     a, b = tensors(tmp_path / "small/step-1.pt"), tensors(tmp_path / "large/step-1.pt")
     key = "G.bottleneck.0.conv1.parametrizations.weight.original"
     assert (a[key] - b[key]).abs().max() < 1e-3                                 # one step of Adam further

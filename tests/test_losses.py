@@ -9,16 +9,17 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.models.vgg import cfgs
 
-import perceptual
 from conftest import PHOTO, ROOT, networks
 from data import to_float, to_uint8
-from losses import ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
-from media.decode import read_photo
+import losses
+from beyond.recognition import FaceFeatures, FaceTerm, face_chips
+from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss,
+                    read_matconvnet as read_uncached)
 from media.faces import dlib_model, landmark_detector
-from perceptual import Features, face_chips
+from media.photos import read_photo
 from runtime.files import UserError
 
-read_matconvnet = functools.cache(perceptual.read_matconvnet)
+read_matconvnet = functools.cache(read_uncached)
 
 
 def test_hinge_and_adversarial_by_hand():
@@ -32,7 +33,7 @@ def test_feature_matching_by_hand():
     real = [torch.ones(1, 2, 2, 2, requires_grad=True), torch.ones(1, 1, requires_grad=True)]
     loss = feature_matching_loss(fake, real)
     loss.backward()
-    assert loss.item() == pytest.approx((1 + 2) / 2)    # a mean per block, then over blocks
+    assert loss.item() == pytest.approx(10 * (1 + 2) / 2)       # a mean per block, then over blocks
     assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
 
 
@@ -41,7 +42,7 @@ def test_match_by_hand_is_per_embedding_and_moves_e_but_not_w():
     w = torch.zeros(1, 2, requires_grad=True)
     loss = match_loss(e, w)
     loss.backward()
-    assert loss.item() == pytest.approx(0.5)                            # of the mean it would be 0
+    assert loss.item() == pytest.approx(10 * 0.5)                       # of the mean it would be 0
     assert e.grad.abs().sum() > 0 and w.grad is None
 
 
@@ -94,7 +95,7 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
     """Each file is read once for all tests: that takes a process of its own, and seconds."""
-    monkeypatch.setattr(perceptual, "read_matconvnet", read_matconvnet)
+    monkeypatch.setattr(losses, "read_matconvnet", read_matconvnet)
 
 
 def test_matconvnet_both_variants(files):
@@ -160,14 +161,14 @@ def test_face_features_are_dlibs():
     weights = dlib_model("dlib_face_recognition_resnet_model_v1.dat")
     want = np.array(dlib.face_recognition_model_v1(weights).compute_face_descriptor(chip))
     x = to_float(torch.from_numpy(chip.transpose(2, 0, 1).copy())[None])
-    loss = ContentLoss("l1", face=2.0)
-    assert np.allclose(loss.face.activations(x)[-1][0].numpy(), want, atol=1e-5)
+    loss = ContentLoss("l1", extra=FaceTerm(2.0))
+    assert np.allclose(loss.extra.net.activations(x)[-1][0].numpy(), want, atol=1e-5)
     x_hat = torch.zeros_like(x).requires_grad_()
     *look, who = (((a - b).abs().mean() / b.abs().mean()).item()
-                  for a, b in zip(loss.face(x_hat), loss.face(x)))
+                  for a, b in zip(loss.extra.net(x_hat), loss.extra.net(x)))
     value, pixels = loss(x_hat, x), 100 * x.abs().mean().item()
     assert value.item() == pytest.approx(pixels + 2 * (sum(look) + who), rel=1e-4)
-    heavy = ContentLoss("l1", face=2.0, face_vector=6.0)
+    heavy = ContentLoss("l1", extra=FaceTerm(2.0, vector_weight=6.0))
     assert heavy(x_hat, x).item() == pytest.approx(pixels + 2 * (sum(look) + 6 * who), rel=1e-4)
     assert loss(x, x).item() == 0
     value.backward()
@@ -190,7 +191,8 @@ def test_faces_are_aligned_as_dlib_does(size, angle):
     points = (points[None] + 0.5) * size / 260 - 0.5
     ours = to_uint8(face_chips(x, points))[0]
     assert np.corrcoef(ours.flat, chip.flat)[0, 1] > 0.95
-    vector = ContentLoss("l1", face=1.0).face.vectors(x, points)[0]
+    with torch.no_grad():
+        vector = FaceFeatures().vectors(x, points)[0]
     assert np.linalg.norm(vector - np.array(recognition.compute_face_descriptor(chip))) < 0.3
 
 

@@ -1,17 +1,19 @@
-"""metrics.py and report.py against values computed by hand: how a frame is judged, and how it is told."""
+"""metrics.py and report.py, compared with values that are computed by hand."""
 import numpy as np
 import pytest
 import torch
 
+from beyond.recognition import dlib_recognition
 from conftest import PHOTO, ROOT
 from evaluation import metrics, report
-from media.decode import read_photo
-from media.faces import crop, face_box, to_crop
+from media.crops import crop, face_box, to_crop
+from media.photos import read_photo
 
 LFW = ROOT.parent / "shared/data/lfw"
 
 
 def cropped(path, detect, size=128):
+    """A photo -> its crop uint8 (size, size, 3), and the landmarks in it (68, 2)."""
     image = read_photo(path)
     points = detect(image)
     box = face_box(points)
@@ -25,7 +27,7 @@ def astronaut(detect):
 
 @pytest.fixture(scope="module")
 def recognise():
-    return metrics.dlib_recognition()
+    return dlib_recognition()
 
 
 # -------------------------------------------------------------------------------------- the metrics
@@ -37,8 +39,8 @@ def test_equal_images_score_one(astronaut, recognise):
     assert v.shape == (128,) and v @ v == pytest.approx(1)
 
 
-def test_ssim_is_that_of_its_paper(astronaut):
-    """Its formula at one place: 11 x 11 Gaussian of 1.5 pixels, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2."""
+def test_ssim_follows_the_formula_of_its_paper(astronaut):
+    """At one place, with an 11 x 11 Gaussian of 1.5 pixels, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2."""
     a = astronaut[0][:11, :11]
     b = np.roll(a, 2, axis=1)
     g = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
@@ -55,7 +57,7 @@ def test_ssim_is_that_of_its_paper(astronaut):
 def test_landmark_error_in_per_cent_of_the_eye_distance(astronaut, detect):
     frame, points = astronaut
     right = metrics.landmark_error(frame, points, detect)
-    assert 0 < right < 4                                            # found again, on a smaller copy
+    assert 0 < right < 4                                            # it is detected on an enlarged copy
     eyes = np.linalg.norm(points[36] - points[45])
     shifted = metrics.landmark_error(frame, points + (0.1 * eyes, 0), detect)
     assert shifted == pytest.approx(10, abs=right + .1)
@@ -73,14 +75,17 @@ def test_fid_against_hand_computed_values():
 
 
 def gaussian(deviations, turn=np.eye(2), mean=(0, 0)):
-    """Four vectors whose mean and covariance (of n - 1) are exactly these."""
+    """Four vectors (4, 2) with exactly this mean and covariance (normalised by n - 1)."""
     corners = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * (3 / 4) ** .5
     return (corners * deviations) @ turn.T + mean
 
 
 def test_frechet_distance_of_two_known_gaussians():
-    """Along the same axes it is |mean - mean'|^2 + sum (s - s')^2. Turned by 45 degrees it follows from
-    the closed form of 2 x 2: tr (C C')^1/2 = (tr C C' + 2 (det C C')^1/2)^1/2."""
+    """With the same axes it is |mean - mean'|^2 + sum (s - s')^2, for standard deviations s and s'.
+
+    With axes that are turned by 45 degrees, the trace has a closed form for 2 x 2 matrices:
+    tr (C C')^1/2 = (tr C C' + 2 (det C C')^1/2)^1/2.
+    """
     a = gaussian((1, 2))
     assert np.allclose(np.cov(a.T), np.diag([1, 4]))
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
@@ -89,10 +94,10 @@ def test_frechet_distance_of_two_known_gaussians():
     C, C_turned = np.diag([1, 4]), turn @ np.diag([9, 25]) @ turn.T
     root = (np.trace(C @ C_turned) + 2 * (4 * 9 * 25) ** .5) ** .5
     assert metrics.frechet(a, gaussian((3, 5), turn)) == pytest.approx(5 + 34 - 2 * root)
-    assert metrics.frechet(a, gaussian((3, 0))) == pytest.approx(4 + 4)         # flat, as of few frames
+    assert metrics.frechet(a, gaussian((3, 0))) == pytest.approx(4 + 4)         # singular, as with few frames
 
 
-def test_frechet_distance_is_torch_fidelitys():
+def test_frechet_distance_agrees_with_torch_fidelity():
     from torch_fidelity.metric_fid import fid_features_to_statistics
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(50, 6)), rng.normal(size=(70, 6)) @ rng.normal(size=(6, 6)) + 1
@@ -101,7 +106,7 @@ def test_frechet_distance_is_torch_fidelitys():
 
 
 def test_an_arcface_like_network_gets_an_aligned_face(astronaut, tmp_path):
-    """A network that returns its input: the aligned face is the same however the head is turned."""
+    """With a network that returns its input: the aligned face is the same if the picture is turned."""
     class Echo(torch.nn.Module):
         def forward(self, x):
             return x.flatten(1)
@@ -123,9 +128,10 @@ def test_the_right_identity_scores_higher_than_a_shuffled_one(detect, recognise)
     assert (np.diag(a @ b.T) > np.diag(a @ np.roll(b, 1, axis=0).T)).all()
 
 
-# ----------------------------------------------------------------------------------- whom they show
+# ------------------------------------------------------------------------------------------- identity
 
 def at(*degrees):
+    """Vectors of norm 1 in the plane, at these angles."""
     a = np.radians(degrees)
     return np.stack([np.cos(a), np.sin(a)], axis=1)                             # (n, 2), of norm 1
 
@@ -138,8 +144,11 @@ def test_rank_by_hand():
 
 
 def test_identity_by_hand():
-    """Three videos of two people, on a circle. a's hold-out frames are at 0 and 20 degrees in one video,
-    at 40 and 60 in the other: together the person at 30. b is at 90."""
+    """Three videos of two people, whose vectors are on a circle.
+
+    Person a has hold-out frames at 0 and 20 degrees in one video and at 40 and 60 in the other, so that the
+    mean is at 30. Person b has a mean at 90.
+    """
     people = {"a1": "a", "b": "b", "a2": "a"}
     vectors = {"a1": {"T0 real frame": at(0, 20), "T1 Ours-FT": at(10, 70)},
                "b": {"T0 real frame": at(80, 100), "T1 Ours-FT": at(50, 95)},
@@ -150,20 +159,26 @@ def test_identity_by_hand():
     cosine = lambda *degrees: pytest.approx(np.cos(np.radians(degrees)))
     pick = lambda name, column: [row[column] for row in rows[name] if row["method"] == "Ours-FT"]
     assert pick("a1", "csim") == cosine(10, 50)
-    assert pick("a1", "csim_stranger") == cosine(70, 30)            # b: the next video of somebody else
-    assert pick("a2", "csim_stranger") == cosine(80, 60)            # round the end: a1 is the same person
+    assert pick("a1", "csim_stranger") == cosine(70, 30)            # b has the next video of another person
+    assert pick("a2", "csim_stranger") == cosine(80, 60)            # b again, because a1 is the same person
     assert pick("b", "csim_stranger") == cosine(10, 35)
     assert pick("a1", "rank") == [1, 2]                             # 10 is nearest to 30, 70 to 90
     assert pick("b", "rank") == [2, 1]
-    # the one at 10 is 20 from a, but 18 from -8; the one at 70 is 40 from a, and 12 from 82
+    # the frame at 10 is 20 from a and 18 from -8; the one at 70 is 40 from a and 12 from 82
     assert pick("a1", "nearer_training") == [1, 1]
     assert pick("a2", "nearer_training") == [1, 0]
     assert pick("b", "nearer_training") == [1, 0]
     assert [row["rank"] for row in rows["a1"][:2]] == [1, 1]
 
 
-def test_the_table_counts_them():
-    """Of four frames three are nearest to their person, and one is nearer to the training."""
+def test_identity_score():
+    assert report.identity_score(.1, .1, .6) == 0 and report.identity_score(.6, .1, .6) == pytest.approx(100)
+    assert report.identity_score(.35, .1, .6) == pytest.approx(50)
+    assert np.isnan(report.identity_score(.35, .6, .6)) and np.isnan(report.identity_score(.35, np.nan, .6))
+
+
+def test_the_table():
+    """Three of four frames are nearest to their person, and one is nearer to the training data."""
     common = {"landmark_error": np.nan, "found": np.nan, "ssim": .5}
     row = lambda video, T, method, csim, stranger, rank, nearer: common | {
         "video": video, "T": T, "method": method, "csim": csim, "csim_stranger": stranger, "rank": rank,
@@ -172,14 +187,15 @@ def test_the_table_counts_them():
     rows += [row(video, 1.0, report.COPY, .6, .1, 1.0, 0.0) for video in "ab"]
     rows += [row("a", 1.0, report.AFTER, .2, .1, 1.0, 0.0), row("a", 1.0, report.AFTER, .3, .1, 1.0, 1.0),
              row("b", 1.0, report.AFTER, .4, .5, 2.0, 0.0), row("b", 1.0, report.AFTER, .5, .1, 1.0, 0.0)]
-    found = {"T0 real frame": {}, "T1 copy of the source": {}, "T1 Ours-FT": {"frechet": .25}}
-    text, strangers, same = report.table(rows, found, judge="dlib", held_out=7, trained_on=True)
+    distances = {"T0 real frame": {}, "T1 copy of the source": {}, "T1 Ours-FT": {"frechet": .25}}
+    text, strangers, same = report.table(rows, distances, judge="dlib", held_out=7, trained_on=True)
     assert (strangers, same) == (pytest.approx(.1), pytest.approx(.6))
     head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
     ours = dict(zip(head, lines[2]))
     assert ours == {
         "method (T)": "Ours-FT (1)", "FID ↓": "n/a", "Fréchet (dlib) ↓": "0.250", "SSIM ↑": "0.500 ± 0.000",
-        "CSIM (dlib, trained on) ↑": "0.350 ± 0.100", "of the way": "50 %", "right person": "75 %",
+        "CSIM (dlib, trained on) ↑": "0.350 ± 0.100", "identity score ↑": "50",
         "nearest of 7": "75 %", "nearer to training ↓": "25 %", "landmarks ↓": "n/a", "face found": "n/a"}
-    plain, *_ = report.table([r | {"nearer_training": np.nan} for r in rows], found, judge="x.ts", held_out=7)
+    rows = [r | {"nearer_training": np.nan} for r in rows]
+    plain, *_ = report.table(rows, distances, judge="x.ts", held_out=7)
     assert "training" not in plain and "trained on" not in plain and "CSIM (x.ts) ↑" in plain

@@ -15,17 +15,20 @@ import torch
 from torch import nn
 
 import meta_train
+from beyond.average import update_average
 from beyond.likeness import OtherPoses, other_poses
+from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
-from config import Config
 from conftest import PHOTO, ROOT, TINY_FLAGS, networks
 from data import draw_landmarks, to_float
 from finetune import embed, finetune
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
-from model import Discriminator, load_checkpoint
+from model import Config, Discriminator
 from runtime import device
+from runtime.checkpoint import load_checkpoint
 from runtime.files import UserError
+from runtime.resume import LOGGED
 
 
 @pytest.fixture
@@ -109,20 +112,20 @@ def content_adversarial_and_matching(D, w, x, x_hat, y):
     return [100 * l1(x_hat, x), -score, 10 * sum(map(l1, fake, real)) / len(real)]
 
 
-def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight=10.0, adversarial_weight=1.0):
+def reference_step(E, G, D, row, x, y, lr_EG, lr_D, content_weight=1.0, match_weight=10.0):
     """Sec. 3.2 one frame at a time. x, y (B, K+1, 3, S, S), the target t first. Returns what is logged."""
     x, y = ([list(frames[:, None]) for frames in batch] for batch in (x, y))    # x[b][k] is (1, 3, S, S)
     terms, x_hats, norms = [], [], []
     for b, i in enumerate(row):
         e = [E(x_k, y_k)[0] for x_k, y_k in zip(x[b][1:], y[b][1:])]
         x_hat = G(y[b][0], (sum(e) / len(e))[None])                     # eq. 1, 2
-        mch = sum(l1(e_k, D.W[i]) for e_k in e) / len(e)
+        mch = match_weight * sum(l1(e_k, D.W[i]) for e_k in e) / len(e)
         terms.append([*content_adversarial_and_matching(D, D.W[i] + D.w0, x[b][0], x_hat, y[b][0]), mch])
         x_hats.append(x_hat.detach())
         norms.append([sum(e_k.norm().item() for e_k in e) / len(e), D.W[i].norm().item()])
     cnt, adv, fm, mch = torch.stack([torch.stack(t) for t in terms]).mean(0)
-    norms = torch.tensor(norms).mean(0)
-    loss = cnt + adversarial_weight * (adv + fm) + match_weight * mch                           # eq. 3
+    cnt, norms = content_weight * cnt, torch.tensor(norms).mean(0)
+    loss = cnt + adv + fm + mch                                                                 # eq. 3
     descend(loss, [*E.parameters(), *G.parameters()], lr_EG)
     for _ in range(2):                                                  # eq. 6
         w = [D.W[i] + D.w0 for i in row]
@@ -131,11 +134,12 @@ def reference_step(E, G, D, row, x, y, lr_EG, lr_D, match_weight=10.0, adversari
     return torch.stack([cnt, adv, fm, mch, dsc, *norms]).detach()
 
 
-# the paper's 10 and 1; the FF variant's 0; ours
-@pytest.mark.parametrize("weight", [{}, {"match_weight": 0.0}, {"adversarial_weight": 4.0}])
-def test_train_step_is_eq_1_to_6(weight, double):
+# the paper's; the FF variant's; ours
+@pytest.mark.parametrize("content_weight,match_weight", [(1.0, 10.0), (1.0, 0.0), (0.25, 0.3)])
+def test_train_step_is_eq_1_to_6(content_weight, match_weight, double):
     """Two steps on two batches, E, G and D at rates of their own: gradients, updates, what is logged."""
-    cfg, *nets = networks(psi_gain=3.0)
+    cfg, *nets = networks()
+    nets[1].P.gain.fill_(3.0)
     standing_still(*nets)
     lr_EG, lr_D = 2e-4, 1e-4
     rows = torch.tensor([2, 0]), torch.tensor([3, 2])
@@ -148,32 +152,51 @@ def test_train_step_is_eq_1_to_6(weight, double):
                     p.fill_(0.5)
     start, reference = copy.deepcopy(nets), copy.deepcopy(nets)
     E, G, D = nets
-    optimizers = [Counted([*E.parameters(), *G.parameters()], lr_EG),
-                  Counted([*D.V.parameters(), D.w0, D.b], lr_D), Counted([D.W], lr_D)]
+    optimizers = [Counted([*E.parameters(), *G.parameters()], lr_EG), Counted(D.parameters(), lr_D)]
     for row, a, b in zip(rows, x, y):
-        values = train_step(E, G, D, ContentLoss("l1"), optimizers, row, a, b, **weight)
-        expected = reference_step(*reference, row, a, b, lr_EG, lr_D, **weight)
+        content = ContentLoss("l1", weight=content_weight)
+        logged = train_step(E, G, D, content, optimizers, row, a, b, match_weight)
+        expected = reference_step(*reference, row, a, b, lr_EG, lr_D, content_weight, match_weight)
+        values = torch.stack([logged[name] for name in LOGGED])
         assert torch.allclose(values, expected, rtol=1e-6), (values, expected)
         moved = [agree(*three) for three in zip(nets, reference, start)]
-    assert [o.steps for o in optimizers] == [2, 4, 4]                           # 1 : 2 : 2 a step
+    assert [o.steps for o in optimizers] == [2, 4]                              # 1 : 2 a step
     assert all(m > 0.7 * len(list(net.parameters())) for m, net in zip(moved, nets)), moved
 
 
 def test_the_optimizers_hold_every_parameter_once_at_the_papers_rates():
-    cfg, E, G, D = networks()
+    cfg, E, G, D = networks(lr=5e-5, lr_d=2e-4)
     optimizers = make_optimizers(E, G, D, cfg)
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
-    parameters = [*E.parameters(), *G.parameters()], [*D.V.parameters(), D.w0, D.b], [D.W]
-    assert held == [{id(p) for p in group} for group in parameters]
-    assert [o.defaults["lr"] for o in optimizers] == [5e-5, 2e-4, 2e-4]
-    assert all(o.defaults["betas"] == (0, 0.999) for o in optimizers)
-    assert isinstance(optimizers[0], torch.optim.Adam) and isinstance(optimizers[1], torch.optim.Adam)
-    before = D.W.detach().clone()
-    D.rows(torch.tensor([2, 2])).sum().backward()
-    optimizers[2].step()
-    moved = (D.W - before).detach()
-    assert torch.allclose(moved[2], torch.full_like(moved[2], -2e-4), rtol=1e-3)
-    assert not moved[[0, 1, 3]].any()
+    assert held == [{id(p) for p in group} for group in ([*E.parameters(), *G.parameters()], D.parameters())]
+    assert [o.defaults["lr"] for o in optimizers] == [5e-5, 2e-4]
+    assert all(o.defaults["betas"] == (0, 0.999) and isinstance(o, torch.optim.Adam) for o in optimizers)
+
+
+def test_rows_of_W_are_trained_by_adam():
+    """Against a dense Adam by hand, in steps that draw a row once, twice and never, as D is updated twice each."""
+    cfg, E, G, D = networks(num_videos=5)
+    optimizers = make_optimizers(E, G, D, cfg)
+    W, v, n, gradients = D.W.detach().clone(), torch.zeros_like(D.W), 0, []
+    D.W.register_hook(lambda g: gradients.append(g.clone()))
+    before, start = ContentLoss("l1"), W.clone()
+    for rows in ([0, 1], [1, 2], [1, 1]):
+        train_step(E, G, D, before, optimizers, torch.tensor(rows), pictures(2, 3), pictures(2, 3))
+    assert len(gradients) == 6
+    for g in gradients:
+        n += 1
+        v = 0.999 * v + 0.001 * g ** 2
+        W = W - cfg.lr_d * g / ((v / (1 - 0.999 ** n)).sqrt() + 1e-8)
+    assert torch.allclose(D.W, W, atol=1e-7)
+    moved = (W - start).abs().amax(1)
+    assert (moved[:3] > cfg.lr_d / 2).all() and not moved[3:].any()
+
+
+def test_rates_fall_linearly_to_0():
+    cfg, E, G, D = networks(lr=1e-4, lr_d=4e-4)
+    optimizers = make_optimizers(E, G, D, cfg)
+    meta_train.set_rates(optimizers, cfg, 0.25)
+    assert [o.param_groups[0]["lr"] for o in optimizers] == [2.5e-5, 1e-4]
 
 
 # ---------------------------------------------------------------------------------------------- the long run
@@ -182,25 +205,24 @@ class Few(ToyHeads):
     """Three people with a frame each, drawn once: quick to load."""
     draw = functools.cache(ToyHeads.draw)
 
-    def load(self, i, choose):
+    def load(self, i, ts):
         frames, points = self.draw(i, 0)
-        n = len(choose(self.count(i)))
-        return np.stack([frames] * n), np.stack([points] * n)
+        return np.stack([frames] * len(ts)), np.stack([points] * len(ts))
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(step, *flags): meta_train.main() on three people, with `step` in place of train_step."""
-    def start(step, *flags):
-        def train_step(E, G, D, content, optimizers, row, x, y, match_weight, adversarial_weight):
+    def start(step, *flags, rates=[]):
+        def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
             assert match_weight == (0 if "--no-match" in flags else 10)
-            assert adversarial_weight == (4 if "--adversarial-weight" in flags else 1)
+            rates.append([o.param_groups[0]["lr"] for o in optimizers])
             step(E, G, D, row, x)
-            return torch.zeros(7)
+            return {name: torch.zeros(()) for name in LOGGED}
         monkeypatch.setattr(meta_train, "train_step", train_step)
         monkeypatch.setattr(meta_train, "PreparedVideos", lambda folder, size, *rest: Few(3, size))
         monkeypatch.setattr(meta_train, "sample_grid", lambda *rest, **names: None)
-        small = "--image-size 64 --min-channels 8 --max-channels 16 --content l1 --out".split()
+        small = "--image-size 64 --channels 8 16 16 --content l1 --out".split()
         monkeypatch.setattr(sys, "argv", ["meta_train.py", *small, str(tmp_path / "run"), *map(str, flags)])
         meta_train.main()
         return tmp_path / "run"
@@ -217,11 +239,11 @@ def test_default_epochs(run, flags, steps):
     assert state["step"] == steps and state["config"].match == (not flags)
 
 
-def test_the_adversarial_weight_reaches_the_step_and_the_checkpoint(run):
-    seen = []   # what it is there, `run` asserts
-    flags = "--steps", 1, "--batch", 1, "--K", 1, "--adversarial-weight", 4
-    folder = run(lambda *step: seen.append(step), *flags)
-    assert len(seen) == 1 and load_checkpoint(folder / "step-1.pt")["config"].adversarial_weight == 4
+def test_the_rates_of_a_run_with_linear_decay(run):
+    rates = []
+    flags = "--steps", 4, "--batch", 1, "--K", 1, "--lr", 1e-3, "--lr-d", 2e-3
+    run(lambda *step: None, *flags, "--linear-decay", rates=rates)
+    assert np.allclose(rates, np.array([[1e-3, 2e-3]]) * [[1], [0.75], [0.5], [0.25]])
 
 
 def test_another_content_loss_is_another_run(run, monkeypatch, tmp_path):
@@ -242,12 +264,12 @@ def test_default_batch_and_k_are_the_papers(run):
     folder = run(lambda E, G, D, row, x: seen.append((x.shape, row, D.W.detach().clone())), "--steps", 1)
     (shape, row, W), = seen
     assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}   # 1 + 8 frames (A.1)
-    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, 8, 16, 3, "dlib", "l1")
+    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, (8, 16, 16), 3, "dlib")
     # W as it starts in a run
     assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6
 
 
-def test_moving_average_by_hand(run):
+def test_moving_average_by_hand(run, monkeypatch):
     """The checkpoint holds a := d a + (1 - d) p of every step n, d = min(decay, n / (n + 10))."""
     numbers, at_first = {1: 2.0, 2: -1.0, 3: 5.0}, []
 
@@ -256,7 +278,8 @@ def test_moving_average_by_hand(run):
         at_first.append([p.detach().clone() for p in pick])
         for p in pick:
             p.data.fill_(numbers[len(at_first)])
-    state = load_checkpoint(run(step, "--steps", 3, "--batch", 1, "--K", 1, "--ema", 0.15) / "step-3.pt")
+    monkeypatch.setitem(meta_train.PAPER, "ema", 0.15)
+    state = load_checkpoint(run(step, "--steps", 3, "--batch", 1, "--K", 1) / "step-3.pt")
     for key, a in zip(("E.net.blocks.0.conv1.bias", "G.to_rgb.bias"), at_first[0]):
         for n, d in ((1, 1 / 11), (2, 0.15), (3, 0.15)):
             a = d * a + (1 - d) * numbers[n]
@@ -267,7 +290,7 @@ def test_a_moving_average_leaves_what_has_no_mean():
     """Spectral normalisation's vectors, and all other buffers, are taken as they are."""
     average, net = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(average.weight, 1.0), nn.init.constant_(net.weight, 3.0), net.running_mean.fill_(7.0)
-    meta_train.update_average([average], [net], 0.75)
+    update_average([average], [net], 0.75)
     assert average.weight.tolist() == [1.5, 1.5] and net.weight.tolist() == [3, 3]
     assert average.running_mean.tolist() == [7, 7] and average.weight.requires_grad
 
@@ -287,7 +310,8 @@ def test_pooling_is_relu_then_the_sum_by_hand():
 
 
 def test_psi_gain_scales_psi():
-    plain, gained = (networks(psi_gain=gain)[2].eval() for gain in (1.0, 8.0))
+    plain, gained = (networks()[2].eval() for _ in range(2))
+    gained.P.gain.fill_(8.0)
     e, y = torch.rand(2, 16) * 5, pictures(2)
     assert torch.allclose(gained.project(e), 8 * plain.project(e), atol=1e-5)
     assert (gained(y, e) - plain.render(y, 8 * plain.project(e))).abs().max() < 1e-4
@@ -308,7 +332,7 @@ def test_the_generator_depends_on_the_person_and_on_the_pose():
 def test_w_starts_like_the_embeddings():
     """W uniform about 0.5, of the embeddings' sign and of little spread; w0 about zero."""
     torch.manual_seed(0)
-    D = Discriminator(Config(64, 8, 64, num_videos=500))
+    D = Discriminator(Config(64, (8, 16, 64), num_videos=500))
     assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6
     assert D.W.mean().item() == pytest.approx(0.5, abs=0.02)
     assert D.W.std().item() == pytest.approx(0.2 * 12 ** -.5, abs=0.005) and D.W[0].ne(D.W[1]).all()
@@ -331,7 +355,7 @@ def reference_finetuning(E, G, D, x, y, rates, adversarial, others=None):
     """Sec. 3.3 one frame at a time, each step on all T of them. rates: of G and D in each step."""
     x, y = x.split(1), y.split(1)
     e_new = sum(E(x_t, y_t)[0] for x_t, y_t in zip(x, y)).detach() / len(x)     # eq. 7
-    psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # psi_gain is 2
+    psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # the gain is 2
     w = (D.w0 + e_new).detach().requires_grad_()
     parameters_G = [p for name, p in G.named_parameters() if not name.startswith("P.")]
     history = []
@@ -351,10 +375,12 @@ def reference_finetuning(E, G, D, x, y, rates, adversarial, others=None):
     return psi.detach(), w.detach(), history
 
 
-@pytest.mark.parametrize("adversarial,likeness", [(True, False), (False, False), (True, True)])
-def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
-    """And, with other poses, our term of likeness beside them."""
-    cfg, *nets = networks(lr=3e-4, lr_d=5e-6, psi_gain=2.0)
+@pytest.mark.parametrize("as_paper,adversarial,likeness", [
+    (True, True, False), (True, False, False), (False, True, True)])
+def test_finetune_is_eq_7_to_10(as_paper, adversarial, likeness, double, monkeypatch):
+    """At the constant rates of meta-learning, as in the paper, or at falling ones and with our other poses."""
+    cfg, *nets = networks(lr=2e-4, lr_d=3e-6, finetune_lr=6e-4, finetune_lr_d=1e-5)
+    nets[1].P.gain.fill_(2.0)
     standing_still(*nets)
     x, y = pictures(3), pictures(3)
     near_the_hinge(nets[2], (nets[2].w0 + embed(nets[0], x, y)).expand(3, -1), x, y)
@@ -368,11 +394,11 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "Adam", adam)
         psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial,
-                                   others=others)
-    assert rates == [(6e-4, (0, 0.999)), (1e-5, (0, 0.999))]                    # twice the meta-learning's
-    falling = [(6e-4, 1e-5), (3e-4, 5e-6)]                                      # to 0 after the last epoch
+                                   as_paper=as_paper, others=others)
+    steps = [(2e-4, 3e-6)] * 2 if as_paper else [(6e-4, 1e-5), (3e-4, 5e-6)]    # ours: 0 after the last epoch
+    assert rates == [(lr, (0, 0.999)) for lr in steps[0]]
     psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, [], True)[:2]
-    psi_, w_, history_ = reference_finetuning(*reference, x, y, falling, adversarial, others)
+    psi_, w_, history_ = reference_finetuning(*reference, x, y, steps, adversarial, others)
     history = [[losses[k] for k in ("cnt", "adv", "fm", "dsc")] for losses in history]
     assert np.allclose(history, history_, rtol=1e-6), (history, history_)
     for ours, theirs, began in ((psi, psi_, psi_start), (w, w_, w_start)):
@@ -384,9 +410,9 @@ def test_finetune_is_eq_7_to_10(adversarial, likeness, double, monkeypatch):
 
 def test_other_poses_are_for_dlibs_network():
     """Without it, as beside VGGFace, there is nothing to know the person by."""
-    points, x = [ToyHeads(1).load(0, lambda count: [0])[1]], torch.zeros(1, 3, 64, 64)
+    points, x = [ToyHeads(1).load(0, [0])[1]], torch.zeros(1, 3, 64, 64)
     assert other_poses(x, points, None) is None and other_poses(x, points, ContentLoss("l1")) is None
-    content = ContentLoss("l1", face=1.0)
+    content = ContentLoss("l1", extra=FaceTerm())
     others = other_poses(x, points, content)
     first, second = others.draw(), others.draw()
     assert first.shape[1:] == (3, 64, 64) and first.min() == -1 < first.max() <= 1
@@ -396,7 +422,7 @@ def test_other_poses_are_for_dlibs_network():
 
 
 class Seen:
-    """As perceptual.FaceFeatures: its vectors are the colours and where the face is, and it keeps the latter."""
+    """As recognition.FaceFeatures: its vectors are the colours and where the face is, and it keeps the latter."""
 
     def vectors(self, x, points):
         self.points = points
@@ -405,7 +431,7 @@ class Seen:
 
 def test_likeness_by_hand():
     """Who they are: the mean over all photos, each by its own landmarks. 20 (1 - cosine), in the poses drawn."""
-    _, points = ToyHeads(1).load(0, lambda count: range(9))
+    _, points = ToyHeads(1).load(0, range(9))
     x, network = pictures(9), Seen()
     others = OtherPoses(x, [points[:1], points[1:]], network)
     who = torch.stack([network.vectors(x[t:t + 1], points[t:t + 1])[0] for t in range(9)]).mean(0)
@@ -433,8 +459,9 @@ def test_every_stage_on_a_gpu(tmp_path, monkeypatch):
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         importlib.import_module(name).main()
+    monkeypatch.setitem(meta_train.TOY, "ema", 0.9)
     for steps in (1, 2):
-        call("meta_train", *TINY_FLAGS, "--steps", steps, "--ema", 0.9, "--out", "run", "--resume")
+        call("meta_train", *TINY_FLAGS, "--steps", steps, "--out", "run", "--resume")
     common, track = ("--checkpoint", "run/step-2.pt"), ROOT / "assets/speech.npz"
     call("finetune", "--photos", PHOTO, *common, "--epochs", 2, "--out", "p.pt")
     call("infer", "--person", "p.pt", "--driver", track)

@@ -10,15 +10,17 @@ from PIL import Image
 
 import infer
 from beyond.likeness import other_poses
+from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
 from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors,
                       write_clip)
 from data import to_float, to_tensors
-from finetune import embed, finetune
+from finetune import LUMINANCE, embed, finetune, learn_person
 from losses import ContentLoss
 from media.decode import read_video, to_rgb
+from media.folders import Photo, faces_in
 from media.tracking import load_track
-from model import load_checkpoint, load_person
+from runtime.checkpoint import load_checkpoint, load_person
 
 
 # ------------------------------------------------------------------------------------------ meta-learning
@@ -35,8 +37,10 @@ def test_meta_training_writes_what_it_promises(tmp_path):
     assert all(float(v) == float(v) for r in rows for v in r.values())
     lines = said.splitlines()
     assert len({len(line) for line in lines}) == 1 and "ETA" in lines[0]        # aligned
-    config = load_checkpoint(tmp_path / "run/step-4.pt")["config"]
-    assert (config.landmarks, config.content, config.num_videos, config.K) == ("dlib", "l1", 1000, 2)
+    state = load_checkpoint(tmp_path / "run/step-4.pt")
+    config = state["config"]
+    assert (config.landmarks, config.content, config.num_videos) == ("dlib", "l1", 1000)
+    assert (state["run"]["K"], state["run"]["batch"], state["run"]["match_weight"]) == (2, 2, 10.0)
     again = succeed("meta_train.py", *TINY_FLAGS, "--steps", "4", "--out", "run", "--resume",
                     cwd=tmp_path)
     assert "is finished" in again
@@ -62,7 +66,7 @@ def test_training_learns_on_toy_heads(tmp_path):
 # -------------------------------------------------------------------------------------------- fine-tuning
 
 def person(T):
-    frames, points = ToyHeads(1, 64, first=5).load(0, lambda n: range(T))
+    frames, points = ToyHeads(1, 64, first=5).load(0, range(T))
     return tuple(map(to_float, to_tensors(frames, points)))
 
 
@@ -91,17 +95,17 @@ def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
 
 
 def test_fine_tuning_learns_to_be_known_in_other_poses():
-    cfg, E, G, D = networks(lr=1e-3, lr_d=1e-3)
+    cfg, E, G, D = networks(finetune_lr=2e-3, finetune_lr_d=2e-3)
     x, y = person(1)
-    content, points = ContentLoss("l1", face=1.0), ToyHeads(1, 64, first=5).load(0, lambda n: [0])[1]
+    content, points = ContentLoss("l1", extra=FaceTerm()), ToyHeads(1, 64, first=5).load(0, [0])[1]
     others = other_poses(x, [points], content)
-    history = finetune(E, G, D, x, y, cfg, content, epochs=30, others=others)[2]
+    history = finetune(E, G, D, x, y, cfg, content, epochs=80, others=others)[2]
     like = [losses["like"] for losses in history]
     assert np.mean(like[-5:]) < 0.8 * np.mean(like[:5])
 
 
 def test_fine_tuning_fits_the_person():
-    cfg, E, G, D = networks(lr=1e-3, lr_d=1e-3)
+    cfg, E, G, D = networks(finetune_lr=2e-3, finetune_lr_d=2e-3)
     history = finetune(E, G, D, *person(1), cfg, ContentLoss("l1"))[2]
     assert len(history) == 40                                                   # A.1: 40 epochs
     assert history[-1]["cnt"] < 0.7 * history[0]["cnt"]
@@ -173,6 +177,44 @@ def test_infer_from_a_photo_is_finetune_then_infer(tmp_path, checkpoint, clip, m
     assert lips == [1.25, 1.25]         # as the checkpoint says
 
 
+def test_ctrl_c_says_how_the_next_run_can_start(tmp_path, checkpoint, clip, monkeypatch):
+    def stopped(*_):
+        yield np.zeros((64, 64, 3), np.uint8)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(infer, "render", stopped)
+
+    def said(*args):
+        result = here("infer.py", *args, cwd=tmp_path)
+        assert result.returncode == 130 and not list(tmp_path.glob("result*"))
+        return result.stderr.splitlines()[-1]
+    photo = ["--photo", PHOTO, "--checkpoint", checkpoint, "--feed-forward", "--driver", clip]
+    lost = "--save-person FILE and --save-track FILE"
+    assert said(*photo) == f"stopped: with {lost} the next run would not have to begin anew"
+    kept = "stopped: the next run can start with --person p.pt --driver t.npz (which has no sound)"
+    assert said(*photo, "--save-person", "p.pt", "--save-track", "t.npz") == kept
+    assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # as it has just done
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_grey_photo_makes_a_grey_person(checkpoint, detect, epochs):
+    state, content = load_checkpoint(checkpoint), ContentLoss("l1")
+    shot, = faces_in(PHOTO, detect, 64)
+    grey = np.asarray(Image.fromarray(shot.image).convert("L").convert("RGB"))
+    noisy = grey + np.random.default_rng(0).integers(0, 3, grey.shape, np.uint8)       # as of a JPEG
+    photo = lambda image: Photo(image[None], shot.points[None])
+
+    def drawn(*images, **options):
+        photos = [photo(image) for image in images]
+        G, psi, _ = learn_person(state, photos, content, epochs, "cpu", progress=False, **options)
+        return np.stack(list(infer.render(G, psi, shot.points[None], 64, progress=False))).astype(float)
+    result, colours = drawn(grey, noisy), drawn(grey, noisy, as_paper=True)
+    assert np.ptp(result, axis=3).max() == 0 and result.std() > 1
+    for other in (colours, drawn(grey, shot.image)):
+        assert np.ptp(other, axis=3).mean() > 1
+    if not epochs:      # it is as bright as it was
+        assert np.abs(result[..., 0] - colours @ LUMINANCE).mean() < 8
+
+
 # -------------------------------------------------------------------------------------------- wrong input
 
 @pytest.fixture(scope="module")
@@ -192,8 +234,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
         out.mux(audio.encode(note)), out.mux(audio.encode())
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | {"format": 99}, folder / "format.pt")
-    torch.save(state | {"config": state["config"] | {"max_channels": 32}}, folder / "config.pt")
-    torch.save(state | {"config": state["config"] | {"adain_clamp": 3.0}}, folder / "clamp.pt")
+    torch.save(state | {"config": state["config"] | {"channels": (8, 16, 32)}}, folder / "config.pt")
     torch.save(state | {"config": state["config"] | {"match": False}}, folder / "ff.pt")
     torch.save(state | {"config": state["config"] | {"content": "vgg"}}, folder / "vgg.pt")
     torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
@@ -215,9 +256,8 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(checkpoint="none.pt"), "no file none.pt"),
     (dict(checkpoint="text.jpg"), "text.jpg is not a readable checkpoint"),
     (dict(checkpoint="foreign.pt"), "foreign.pt is not a checkpoint of this project"),
-    (dict(checkpoint="format.pt"), "format 99; this code reads format 1"),
+    (dict(checkpoint="format.pt"), "format 99, and this version reads format 2"),
     (dict(checkpoint="config.pt"), "does not fit its own config"),
-    (dict(checkpoint="clamp.pt"), "make it anew"),
     (dict(checkpoint="ff.pt"), "without the match loss"),
     (dict(checkpoint="vgg.pt"), "put it into"),
     (dict(out="nowhere/result.mp4"), "no folder nowhere"),
@@ -251,15 +291,24 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
      "leave out --feed-forward"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "CHECKPOINT", "--vggface", "text.jpg"],
      "are for --content vgg"),
-    (["infer.py", "--photo", "copy.png", "--views", "--compare"], "leave out --motion, --compare"),
+    (["infer.py", "--photo", "copy.png", "--views", "--compare", "--motion", "paper"],
+     "leave out --motion, --compare"),
+    (["infer.py", "--person", "p.pt", "--driver", "dark.mp4", "--checkpoint", "vgg.pt", "--content", "l1"],
+     "--person brings a finished person: leave out --checkpoint, --content"),
+    (["infer.py", "--photo", "copy.png", "--views", "--feed-forward", "--as-paper", "--vgg19", "x"],
+     "--feed-forward leaves fine-tuning out: leave out --as-paper, --vgg19"),
+    (["evaluate.py", "--toy", "--timing", "--ablation", "--out", "x"], "leave out --out, --ablation"),
+    (["evaluate.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
+    (["meta_train.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
+    (["meta_train.py", "--toy", "--steps", "3", "--epochs", "2"], "--epochs and --steps exclude each other"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "end it in .npz"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"],
      "it is also an input"),
     (["meta_train.py", "--data", "nowhere"], "--toy"),
-    (["meta_train.py", "--data", ".", "--out", "../run"], "not from data.py"),
     (["meta_train.py", "--data", "."], "inside --data"),
-    (["meta_train.py", "--toy", "--face", "3", "--content", "vgg", "--vggface", "text.jpg"], "leave it out"),
+    (["meta_train.py", "--toy", "--small"], "name one of them"),
+    (["meta_train.py", "--toy", "--channels", "8"], "per halving"),
     (["meta_train.py", "--toy", "--vggface", "text.jpg"], "are for --content vgg"),
     (["meta_train.py", "--toy", "--out", "text.jpg"], "cannot write to --out"),
     (["meta_train.py", "--toy", "--seed", "-1"], "--seed -1"),

@@ -9,8 +9,11 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from conftest import moving, write_clip
-from media import decode, encode, faces, folders, sound, tracking
+from beyond.recognition import tell_apart
+from conftest import PHOTO, moving, write_clip
+from media import decode, encode, faces, folders, photos, sound, tracking
+from media.crops import face_box
+from media.following import Recognition
 from runtime.files import UserError
 
 
@@ -213,7 +216,7 @@ def test_hdr_is_seen_as_on_a_screen(tmp_path, curve, signal, grey):
 def test_hdr_colours_of_a_clip_are_learned(tmp_path, face, detect, monkeypatch):
     write_clip(tmp_path / "a.mp4", moving(face, 2), np.arange(2) * 512, sound=False)
     monkeypatch.setattr(folders, "to_srgb_from_hdr", lambda image, frame: image // 2)
-    learned = [crop for crop, _, _ in folders.faces_in(tmp_path / "a.mp4", detect, 64)]
+    learned = [shot.image for shot in folders.faces_in(tmp_path / "a.mp4", detect, 64)]
     assert len(learned) == 2 and max(crop.max() for crop in learned) < 128
 
 
@@ -376,6 +379,67 @@ def test_another_is_chosen_after_a_second_without_the_first(tmp_path, face, dete
     assert track.found[50:].all() and (side(track)[50:] == 1).all()
 
 
+def two_who_differ(n, away, left, right):
+    """n frames of 220 x 500: one person on the left, gone in the frames `away`, and another on the right."""
+    frames = []
+    for k in range(n):
+        frame = np.full((220, 500, 3), 128, np.uint8)
+        far = min((abs(k - m) for m in away), default=n)        # frames before or after the time away
+        out = np.clip(24 * (11 - far), 0, 240)                  # pixels: they leave and come back by the side
+        frame[:200, k % 3:240 - out + k % 3] = left[:, out:]
+        frame[10:210, 255 + k % 2:495 + k % 2] = right
+        frames.append(frame)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def other(detect):
+    """Another person's head, as large as `face`."""
+    image = photos.read_photo(PHOTO.with_name("mona_lisa.jpg"))
+    x, y, half = face_box(detect(image))
+    part = Image.fromarray(image).crop((round(x - 1.5 * half), round(y - 1.25 * half), round(x + 1.5 * half),
+                                        round(y + 1.25 * half)))
+    return np.asarray(part.resize((240, 200), Image.LANCZOS))
+
+
+@pytest.mark.parametrize("abrupt", [False, True])
+def test_a_speaker_who_comes_back_is_followed_again(tmp_path, face, other, detect, abrupt):
+    said, asked = [], []
+    frames = two_who_differ(140, () if abrupt else range(50, 100), face, other)
+    for frame in frames[:5]:
+        frame[:, 250:] = 128        # so that the left one is chosen
+    for frame in frames[50:100] if abrupt else ():
+        frame[:, :250] = 128
+    write_clip(tmp_path / "a.mp4", frames, np.arange(140) * 512)
+    first = side(tracking.track_video(tmp_path / "a.mp4", detect))
+    assert (first[:45] == 0).all() and (first[-30:] == 1).all()     # without recognition, the other one stays
+    recognition = tell_apart()
+    counted = recognition._replace(vector=lambda *shot: asked.append(1) or recognition.vector(*shot))
+    again = side(tracking.track_video(tmp_path / "a.mp4", detect, complain=said.append, recognition=counted))
+    assert (again[:45] == 0).all() and (again[-25:] == 0).all()
+    assert "went back to the same person 1 times" in said[0] and len(asked) < 20
+
+
+def test_nobody_is_recognised_where_there_is_no_choice(tmp_path, face, detect):
+    def vector(frame, points):
+        raise AssertionError("not needed")
+    frames = two_who_differ(75, range(20, 50), face, np.full_like(face, 128))
+    write_clip(tmp_path / "a.mp4", frames, np.arange(75) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=Recognition(vector, 0.9))
+    assert track.found[:10].all() and not track.found[30:45].any() and track.found[-10:].all()
+
+
+def test_after_a_cut_the_person_who_was_followed_most_is_preferred(tmp_path, face, other, detect):
+    grey = np.full_like(face, 128)
+    alone = two_who_differ(40, (), face, grey)
+    cutaway = [frame[:, ::-1] // 2 for frame in two_who_differ(20, (), other, grey)]
+    both = [255 - np.full_like(frame, 100) if (k < 1) else frame
+            for k, frame in enumerate(two_who_differ(30, (), other, face))]
+    write_clip(tmp_path / "a.mp4", alone + cutaway + both, np.arange(90) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=tell_apart())
+    assert (side(track)[62:] == 1).all()
+
+
 def test_after_a_cut_a_face_is_chosen_at_once(tmp_path, face, detect):
     left = [f.copy() for f in two_people(face, 20)]
     for frame in left:
@@ -386,6 +450,25 @@ def test_after_a_cut_a_face_is_chosen_at_once(tmp_path, face, detect):
     write_clip(tmp_path / "cut.mp4", left + right, np.arange(40) * 512, sound=False)
     track = tracking.track_video(tmp_path / "cut.mp4", detect)
     assert track.found.all() and side(track).tolist() == [0] * 20 + [1] * 20
+    assert np.flatnonzero(track.cuts).tolist() == [20]
+
+
+def test_a_cut_is_kept_with_the_first_face_behind_it(tmp_path, face, detect):
+    """Black, the face, a title without one, the face a little larger as vloggers cut it, and a flash."""
+    title = np.random.default_rng(0).integers(0, 255, (160, 200, 3), np.uint8)
+    before = [face[20 + k % 3:180 + k % 3, 20:220] for k in range(30)]
+    larger = [np.asarray(Image.fromarray(f).resize((200, 160), box=(10, 8, 190, 152))) for f in before]
+    larger[20] = np.full_like(title, 255)
+    frames = [np.zeros_like(title)] * 5 + before[:20] + [title] * 5 + larger
+    write_clip(tmp_path / "a.mp4", frames, np.arange(60) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "a.mp4", detect)
+    assert (~track.found).sum() == 11 and np.flatnonzero(track.cuts).tolist() == [30, 51]
+    assert (track.shots() == np.repeat([0, 1], 30)).all()       # a flash is none
+    tracking.save_track(tmp_path / "t.npz", track)
+    assert (tracking.load_track(tmp_path / "t.npz").cuts == track.cuts).all()
+    tracking.save_track(tmp_path / "t.npz", track._replace(cuts=~track.found))
+    with pytest.raises(UserError, match="is not a landmark track"):
+        tracking.load_track(tmp_path / "t.npz")
 
 
 def test_a_video_that_lies_on_its_side_is_turned(tmp_path, face, detect):

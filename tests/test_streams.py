@@ -1,0 +1,273 @@
+"""Videos that are damaged or change their size on the way, and sound that needs care."""
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import moving, write_clip
+from media import decode, encode, faces, folders, sound, tracking
+from runtime.files import UserError
+
+DAMAGED = (12, 13, 26)      # packets, of 40; there is a key frame every 10
+
+
+def write_greys(path, codec):
+    """40 frames of 64 x 64, ever lighter, and the tone of write_clip where the container takes sound."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.codec_context.gop_size = 64, 64, 10
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for k in range(40):
+            noise = np.random.default_rng(k).integers(0, 40, (64, 64, 3)) + 5 * k
+            frame = av.VideoFrame.from_ndarray(noise.astype(np.uint8), format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def damage(path, numbers):
+    """Overwrite these packets of a video."""
+    blob = path.read_bytes()
+    with av.open(str(path)) as container:
+        stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for k in numbers:
+        assert blob.count(stored[k]) == 1
+        blob = blob.replace(stored[k], b"\xff" * len(stored[k]))
+    path.write_bytes(blob)
+
+
+@pytest.mark.parametrize("name,codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("b.mp4", "libx265"),
+                                        ("c.mp4", "mpeg4"), ("c.avi", "mpeg4"), ("d.avi", "mjpeg"),
+                                        ("e.webm", "libvpx"), ("f.webm", "libvpx-vp9")])
+@pytest.mark.parametrize("numbers", [(0,), (14,), (39,), DAMAGED])
+def test_a_damaged_packet_does_not_end_the_video(tmp_path, name, codec, numbers):
+    write_greys(tmp_path / name, codec)
+    whole = [float(f.pts * f.time_base) for f in decode.read_video(tmp_path / name)]
+    assert len(whole) == 40
+    damage(tmp_path / name, numbers)
+    said = []
+    frames = list(decode.read_video(tmp_path / name, said.append))
+    times = [float(f.pts * f.time_base) for f in frames]
+    assert len(frames) >= 18 and set(times) <= set(whole) and (np.diff(times) > 0).all()
+    if numbers != (39,):
+        assert times[-1] == whole[-1]
+    # each frame is at its own time
+    late = [abs(decode.to_rgb(f).mean() - 20 - 5 * 25 * t) for f, t in zip(frames, times)]
+    assert np.median(late) < 3 and late[-1] < 5
+    line, = said
+    assert f"only {len(frames)}" in line and "damaged packets: " in line
+
+
+def test_a_hole_in_a_container_does_not_end_the_video(tmp_path):
+    write_greys(tmp_path / "a.mkv", "libx264")
+    blob = (tmp_path / "a.mkv").read_bytes()
+    middle = len(blob) // 2
+    (tmp_path / "a.mkv").write_bytes(blob[:middle] + bytes(4000) + blob[middle + 4000:])
+    frames = list(decode.read_video(tmp_path / "a.mkv", lambda line: None))
+    assert 15 < len(frames) < 40 and float(frames[-1].pts * frames[-1].time_base) == pytest.approx(39 / 25)
+
+
+def test_two_passes_agree_though_frames_are_missing_in_the_second(tmp_path, face, detect, monkeypatch):
+    """FFmpeg's threads do not always get the same out of a damaged video."""
+    frames = moving(face, 12)
+    write_clip(tmp_path / "a.mp4", frames, np.arange(12) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "a.mp4", detect)
+    whole = tracking.read_crops(tmp_path / "a.mp4", track, range(12), 64)
+    shots = list(folders.faces_in(tmp_path / "a.mp4", detect, 64))
+    read = decode.read_video
+
+    def without_the_fourth(path, complain):
+        return (frame for k, frame in enumerate(read(path, complain)) if k != 3)
+    monkeypatch.setattr(tracking, "read_video", without_the_fourth)
+    less = tracking.read_crops(tmp_path / "a.mp4", track, range(12), 64)
+    assert sorted(less) == [0, 1, 2, *range(4, 12)]
+    assert all(np.array_equal(less[k], whole[k]) for k in less)
+    monkeypatch.setattr(tracking, "read_video", read)
+    monkeypatch.setattr(folders, "read_video", without_the_fourth)
+    fewer = list(folders.faces_in(tmp_path / "a.mp4", detect, 64))
+    assert len(shots) == 12 and len(fewer) == 11
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(fewer, shots[:3] + shots[4:]))
+
+
+# ------------------------------------------------------------------------------------- sizes that change
+
+def write_part(path, frames, start, aspect=Fraction(1)):
+    """A piece of a transport stream: joined to others, it is one recording."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"bf": "0", "crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        for k, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture.pts, picture.time_base = start + k, Fraction(1, 25)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode())
+    return path.read_bytes()
+
+
+def resized(frames, width, height):
+    return [np.asarray(Image.fromarray(f).resize((width, height), Image.LANCZOS)) for f in frames]
+
+
+def test_frames_of_other_sizes_are_brought_to_the_first_one(tmp_path):
+    white = [np.full((80, 120, 3), 255, np.uint8)] * 25
+    shapes = {"half": (60, 40), "tall": (40, 60), "wide": (120, 60), "narrow": (80, 80)}
+    for name, (width, height) in shapes.items():
+        aspect = Fraction(3, 2) if name == "narrow" else Fraction(1)
+        blob = write_part(tmp_path / "a.ts", white, 0)
+        blob += write_part(tmp_path / "b.ts", resized(white, width, height), 25, aspect)
+        (tmp_path / "joined.ts").write_bytes(blob)
+        pictures = [decode.to_rgb(frame) for frame in decode.read_video(tmp_path / "joined.ts")]
+        assert [p.shape for p in pictures] == [(80, 120, 3)] * 50
+        bright = (pictures[-1] > 128).mean((0, 2))          # of each column
+        borders = {"tall": (120 - 80 * 40 / 60) / 2}.get(name, 0)
+        assert (bright == 0).sum() == pytest.approx(2 * borders, abs=1), name
+        share = {"tall": 4 / 9, "wide": 3 / 4}.get(name, 1)
+        assert (pictures[-1] > 128).mean() == pytest.approx(share, abs=0.02)
+
+
+def test_a_face_is_followed_through_changes_of_size(tmp_path, face, detect):
+    frames, said = moving(face, 30), []
+    parts = frames[:10], resized(frames[10:20], 100, 80), frames[20:]
+    blob = b"".join(write_part(tmp_path / "part.ts", part, 10 * k) for k, part in enumerate(parts))
+    (tmp_path / "call.ts").write_bytes(blob)
+    write_clip(tmp_path / "whole.mp4", frames, np.arange(30) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "call.ts", detect, complain=said.append)
+    whole = tracking.track_video(tmp_path / "whole.mp4", detect)
+    assert track.found.all() and not said
+    eyes = np.linalg.norm(whole.points[0, 36] - whole.points[0, 45])
+    assert np.linalg.norm(track.points - whole.points, axis=-1).mean() < 0.03 * eyes
+
+
+def test_no_message_says_none():
+    """Others are in the picture only while the followed face is not."""
+    image, box = np.zeros((200, 400, 3), np.uint8), (20, 20, 100, 100)
+
+    class Found(faces.Detector):
+        def faces(self, image, sides=None):
+            return self.now
+
+        def landmarks(self, image, face):
+            return np.zeros((68, 2), np.float32)
+    detector = Found()
+    follower = tracking.Follower(detector)
+    for k in range(10):
+        detector.now = [faces.Face(box if k % 5 else (300, 20, 380, 100), 2.0)]
+        follower.look(image, k / 25, cut=k == 0)
+    assert "None" not in str(follower.report("a.mp4") or "")
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.png", "a.avif"])
+def test_an_animation_is_a_driver(tmp_path, face, detect, name, capsys):
+    frames, path = moving(face, 12), tmp_path / name
+    first, *rest = map(Image.fromarray, frames)
+    lasting = [40] * 6 + [80] * 6
+    first.save(path, save_all=True, append_images=rest, duration=lasting, quality=95)
+    assert decode.count_frames(path) == 12
+    read = list(decode.read_video(path))
+    times = [float(frame.pts * frame.time_base) for frame in read]
+    assert times == pytest.approx((np.cumsum([0, *lasting[:-1]]) / 1000).tolist())
+    assert np.mean([np.abs(decode.to_rgb(a).astype(int) - b).mean() for a, b in zip(read, frames)]) < 8
+    track = tracking.track_video(path, detect)
+    assert track.found.all() and sorted(tracking.read_crops(path, track, range(12), 64)) == list(range(12))
+    assert sound.usable_sound(path) is None and not capsys.readouterr().err
+
+
+def test_a_damaged_animation_is_refused(tmp_path, face):
+    first, *rest = map(Image.fromarray, moving(face, 5))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=rest, duration=40)
+    blob = (tmp_path / "a.webp").read_bytes()
+    (tmp_path / "a.webp").write_bytes(blob[:len(blob) // 2])
+    with pytest.raises(UserError, match="a.webp is not a video that can be read"):
+        list(decode.read_video(tmp_path / "a.webp"))
+    assert decode.count_frames(tmp_path / "a.webp") == 0
+
+
+# --------------------------------------------------------------------------------------------- sound
+
+def write_sounds(path, codec, tracks, rate=16000, layout="stereo"):
+    """Two seconds, black. tracks: for each the functions of the time that its channels hold."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        streams = [out.add_stream(codec, rate=rate, layout=layout) for _ in tracks]
+        for k in range(50):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+            t = np.arange(rate // 25 * k, rate // 25 * (k + 1)) / rate
+            for stream, channels in zip(streams, tracks):
+                samples = np.stack([channel(t) for channel in channels], axis=1).astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=layout)
+                frame.sample_rate, frame.pts, frame.time_base = rate, rate // 25 * k, Fraction(1, rate)
+                out.mux(stream.encode(frame))
+        for stream in (video, *streams):
+            out.mux(stream.encode())
+
+
+def tone(pitch, loudness=0.5):
+    return lambda t: loudness * np.sin(2 * np.pi * pitch * t)
+
+
+silence = np.zeros_like
+
+
+def heard_in(path, rate=16000):
+    """How loud each of the pitches 400, 700 and 1000 is in the left and the right of a result: (2, 3)."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    middle = np.concatenate(frames, axis=1)[:, 8000:8000 + rate]        # a second of it
+    return np.abs(np.fft.rfft(middle))[:, [400, 700, 1000]] * 2 / rate
+
+
+def result_of(path):
+    """Write a video with the sound of another, as infer.py does."""
+    out = path.with_name("out.mp4")
+    usable = sound.usable_sound(path)
+    encode.write_video(out, [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), usable)
+    return out
+
+
+LAYOUTS = {"6.1(back)": 125 << 16 | 7, "7.1": 128 << 16 | 8, "5.1": 122 << 16 | 6}  # MOV's, in other orders
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24be", "pcm_f32le", "pcm_s32be", "pcm_u8"])
+def test_pcm_of_many_channels_in_mov_is_heard(tmp_path, layout, codec):
+    """Its channels are in an order of their own, of which PyAV frees the memory twice."""
+    channels = [tone(400), tone(700), tone(1000), *[silence] * (int(layout[0]) - 2)]
+    write_sounds(tmp_path / "a.mov", codec, [channels], layout=layout)
+    blob = bytearray((tmp_path / "a.mov").read_bytes())
+    at = blob.index(b"chan") + 8
+    blob[at:at + 8] = LAYOUTS[layout].to_bytes(4, "big") + bytes(4)
+    (tmp_path / "a.mov").write_bytes(blob)
+    left, right = heard_in(result_of(tmp_path / "a.mov"))
+    assert left[0] > 0.2 > 0.01 > left[1] and right[1] > 0.2 > 0.01 > right[0]
+    assert left[2] == pytest.approx(0.7 * left[0], rel=0.05) and right[2] == pytest.approx(left[2], rel=0.05)
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16be", "pcm_u8", "pcm_mulaw"])
+def test_stereo_pcm_in_mov_stays_as_it_is(tmp_path, codec):
+    write_sounds(tmp_path / "a.mov", codec, [[tone(400), tone(700)]])
+    left, right = heard_in(result_of(tmp_path / "a.mov"))
+    assert left == pytest.approx([0.5, 0, 0], abs=0.03) and right == pytest.approx([0, 0.5, 0], abs=0.03)
+
+
+def test_many_channels_that_are_not_plain_are_left_out(tmp_path, capsys):
+    write_sounds(tmp_path / "a.mov", "pcm_mulaw", [[tone(400)] * 6], layout="5.1")
+    with av.open(str(result_of(tmp_path / "a.mov"))) as container:
+        assert not container.streams.audio
+    line, = capsys.readouterr().err.splitlines()
+    assert "its sound cannot be read" in line and "6 channels of pcm_mulaw" in line
+
+
+@pytest.mark.parametrize("name,codec", [("a.mkv", "aac"), ("a.mp4", "aac"), ("a.mov", "pcm_s16le"),
+                                        ("b.mkv", "libopus")])
+def test_a_silent_track_is_not_taken(tmp_path, name, codec):
+    rate = 48000 if codec == "libopus" else 16000
+    tracks = [[silence, silence], [tone(700), tone(700)], [tone(400), tone(400)]]
+    write_sounds(tmp_path / name, codec, tracks, rate)
+    spectrum = heard_in(result_of(tmp_path / name), rate)
+    assert (spectrum[:, 1] > 0.3).all() and (spectrum[:, [0, 2]] < 0.05).all()
+    write_sounds(tmp_path / name, codec, tracks[:1] * 2, rate)          # all silent: that is no fault
+    assert (heard_in(result_of(tmp_path / name), rate) < 0.001).all()
