@@ -203,7 +203,7 @@ _stopped = False    # whether it had a signal
 
 def _start_worker(kind):
     global _detect, _recognise
-    leave_on_signals()
+    leave_on_signals(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     torch.set_num_threads(1)
     _detect, _recognise = landmark_detector(kind), recogniser()
 
@@ -215,7 +215,7 @@ def _job(*arguments):
         sys.exit()
     try:
         return _prepare(*arguments)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         _stopped = True
         raise
 
@@ -274,7 +274,7 @@ def results(jobs, kind, workers):
         try:
             for job in tqdm(as_completed(jobs), "preparing", len(jobs), unit=" sequences"):
                 yield job.result()
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):      # a signal that the workers may not have had
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):      # a signal that they may not have had
             for worker in active_children():
                 worker.terminate()
             raise

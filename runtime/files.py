@@ -23,7 +23,7 @@ class UserError(Exception):
 def run(main):
     """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
     open_closed_streams()
-    leave_on_signals()
+    leave_on_signals(signal.SIGTERM, signal.SIGHUP)
     try:
         result = main()
         sys.stdout.flush()
@@ -54,18 +54,20 @@ def run(main):
     sys.exit(code)
 
 
-def leave_on_signals():
-    """SIGTERM and SIGHUP, a connection that broke, end the process by way of all `finally`s.
+def leave_on_signals(*numbers):
+    """The first of these signals ends the process by way of all `finally`s, which a second would break off.
 
-    One that is ignored stays so, which is what nohup asks for.
+    One that is ignored stays so: SIGHUP, which a broken connection sends, under nohup.
     """
     def leave(number, frame):
+        for heard in numbers:
+            signal.signal(heard, lambda number, frame: None)
         forget_lost_terminal()
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, leave)
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 def forget_lost_terminal():

@@ -125,8 +125,7 @@ def test_all_bad_inputs_are_named_at_once(tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from media.folders import default_workers
-from runtime import device, files
+from runtime import files
 def main():
     {body}
 files.run(main)
@@ -189,9 +188,13 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, number):
     body = f"""
     with files.atomic("result") as temporary:
         open(temporary, "w").close()
-        os.kill(os.getpid(), {int(number)})
-        time.sleep(60)"""
-    done = run(tmp_path, "import os, time" + body)
+        try:
+            os.kill(os.getpid(), {int(number)})
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)        # a second one, as from systemd
+            time.sleep(0.1)"""
+    done = run(tmp_path, "import os, signal, time" + body)
     assert done.returncode == 128 + number and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
 
 
