@@ -15,22 +15,19 @@ from torch.optim.lr_scheduler import PolynomialLR
 from tqdm import tqdm
 
 from beyond.likeness import other_poses
-from beyond.recognition import STRANGERS, FaceTerm, dlib_recognition, tell_apart
+from beyond.portrait import (SHUT, are_grey, eye_opening, make_grey, open_eyes_first, warn_of_quality,
+                             warn_of_several_people)
+from beyond.recognition import FaceTerm, tell_apart
 from data import to_float, to_tensors
 from losses import BETAS, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
-from media.crops import MADE_UP
 from media.faces import landmark_detector
-from media.folders import Photo, faces_in
+from media.folders import faces_in
 from runtime.checkpoint import load_checkpoint, load_networks, save_checkpoint
 from runtime.device import autocast, default_device
 from runtime.files import UserError, check_least, check_paths, make_parser, run, warn
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real256.pt")
 BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
-SMALL_FACE = 60         # pixels; a narrower face makes a blurred result
-GREY = 4                # levels of 255 between a photo's channels: colours have 14 and more, on LFW
-LUMINANCE = (0.299, 0.587, 0.114)       # of red, green and blue
-SHUT = 0.145            # of eye_opening(): below it lie 1.8 % of LFW's photos, nearly all shut or squinting
 
 
 @torch.no_grad()
@@ -163,44 +160,6 @@ def load_photos(paths, config, detect, max_frames=32):
     return [photos[first], *photos[:first], *photos[first + 1:]]
 
 
-def eye_opening(points):
-    """How far the lids are apart, in widths of the eye, of the more open one: (..., 68, 2) -> (...)."""
-    distance = lambda a, b: np.linalg.norm(points[..., a, :] - points[..., b, :], axis=-1)
-    lids = distance([37, 43], [41, 47]) + distance([38, 44], [40, 46])
-    return (lids / 2 / distance([36, 42], [39, 45])).max(-1)
-
-
-def open_eyes_first(shots):
-    """[Shot] of a photo or a clip -> Photo. It begins with a frame in which the person does not blink."""
-    points = np.stack([shot.points for shot in shots])
-    opening = eye_opening(points)
-    first = np.argmax(opening >= max(SHUT, 0.8 * np.median(opening)))      # 0 if there is none
-    order = [first, *range(first), *range(first + 1, len(shots))]
-    return Photo(np.stack([shots[k].image for k in order]), points[order])
-
-
-def warn_of_quality(path, shots):
-    """shots: of faces_in(path)."""
-    made_up, width = (np.median([getattr(shot, name) for shot in shots]) for name in ("made_up", "width"))
-    if made_up > MADE_UP:
-        warn(f"{path} is cut tight: {made_up:.0%} of what is learned had to be made up; a photo with more "
-             "around the head looks better")
-    if width < SMALL_FACE:
-        warn(f"the face in {path} is only {width:.0f} pixels wide, so the result will be blurred")
-    if np.median(eye_opening(np.stack([shot.points for shot in shots]))) < SHUT:
-        warn(f"the eyes in {path} are shut, or nearly so; a photo with open eyes looks better")
-
-
-def warn_of_several_people(paths, photos):
-    """Judged by dlib's network on the first frame of each Photo."""
-    vector = dlib_recognition()
-    first, *others = (vector(photo.frames[0], photo.points[0]) for photo in photos)
-    strangers = [path for path, v in zip(paths[1:], others) if v @ first < STRANGERS]
-    if strangers:
-        names = ", ".join(map(str, strangers))
-        warn(f"{names} may show somebody else than {paths[0]}: all are learned as one person")
-
-
 def to_networks(photos):
     """-> x, y float (T, 3, S, S) in [-1, 1], of all photos together."""
     frames, points = zip(*photos)
@@ -259,18 +218,6 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
     if are_grey(photos) and not as_paper:
         make_grey(G)
     return G, psi, x[0]
-
-
-def are_grey(photos):
-    """Whether all of these [Photo] are black and white, but for the traces of a JPEG's compression."""
-    return all(np.ptp(photo.frames, axis=3).mean() < GREY for photo in photos)
-
-
-@torch.no_grad()
-def make_grey(G):
-    """Let a folded G draw the luminance of what it drew, with all three channels alike."""
-    for part in (G.to_rgb.weight, G.to_rgb.bias):       # (3, C, 3, 3), (3,)
-        part[:] = torch.tensordot(part.new_tensor(LUMINANCE), part, 1)
 
 
 def save_person(path, config, G, psi, source, photos):

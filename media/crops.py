@@ -39,8 +39,8 @@ def steady_boxes(points, times, shot):
 def shots(points, found, cuts):
     """The number of each frame's shot: points (n, 68, 2), found and cuts (n,) of a Track -> (n,).
 
-    A new one begins where the face jumps by half a crop, or its size does. Where the pictures show a cut, less
-    is enough, but a flash or a jerk of the camera, which look like one, leave the face about as it is.
+    A new one begins where the face jumps by half a crop, or its size does. Where the pictures show a cut,
+    less is enough, but a flash or a jerk of the camera, which look like one, leave the face about as it is.
     """
     half = face_box(points)[:, 2]
     moves = np.linalg.norm(np.diff(points, axis=0, prepend=points[:1]), axis=2).mean(1)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from media.decode import read_video, to_rgb
 from media.crops import crop, shots, steady_boxes, to_crop
+from media.decode import read_video, to_rgb
 from media.faces import TURNED
 from media.following import Follower
-from runtime.files import UserError, atomic, warn
+from runtime.files import UserError, atomic, pass_on_want_of_memory, warn
 
 # ----------------------------------------------------------------------------------------------- tracks
 
@@ -76,6 +76,7 @@ def load_track(path):
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
+        pass_on_want_of_memory(e)
         raise UserError(f"{path} is not a landmark track ({e})") from None
 
 

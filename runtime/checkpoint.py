@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from runtime.files import UserError, pass_on_want_of_memory, save_tensors
 from model import Config, Discriminator, Embedder, Generator
+from runtime.files import UserError, pass_on_want_of_memory, save_tensors
 
 FORMAT = 2  # raised whenever an older file can no longer be read
 

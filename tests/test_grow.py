@@ -38,7 +38,7 @@ def grown(tmp_path, old_size, channels, first):
     (64, (16, 16, 32), 16), (64, (16, 16, 32), 24), (64, (16, 16, 32), 8), (128, (16, 16, 16, 32), 16),
     (256, (16, 16, 16, 16, 32), 16)])
 def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_size, channels, first):
-    """E, V and P start as they were, on the halved pictures; G's first picture is nearly the old one, enlarged."""
+    """E, V and P start as they were, on the halved pictures; G begins with nearly the old picture, enlarged."""
     small, large = grown(tmp_path, old_size, channels, first)
     frames, points = ToyHeads(4, old_size).load(0, range(4))
     x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, S, S)
@@ -51,7 +51,7 @@ def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_siz
         pictures_grown = large[1](Y, e)
     for old, new in ((e, e_grown), (v, v_grown)):
         assert (old - new).norm() < 0.1 * old.norm()        # not equal: the borders differ
-    coarse = lambda images: F.avg_pool2d(images, 8).flatten()       # an untrained G draws noise; this is its picture
+    coarse = lambda images: F.avg_pool2d(images, 8).flatten()       # without the noise of an untrained G
     alike = np.corrcoef(coarse(pictures), coarse(pictures_grown))[0, 1]
     assert alike > 0.75 if first >= channels[0] else alike < 0.5
     frames, points = ToyHeads(4, 2 * old_size).load(3, [0, 32])
@@ -99,7 +99,8 @@ def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", list(map(str, command)))
         meta_train.main()
     train("small")
-    train("large", "--image-size", 128, "--channels", 8, 8, 16, 16, "--grow-from", tmp_path / "small/step-1.pt")
+    sizes = "--image-size", 128, "--channels", 8, 8, 16, 16
+    train("large", *sizes, "--grow-from", tmp_path / "small/step-1.pt")
     a, b = tensors(tmp_path / "small/step-1.pt"), tensors(tmp_path / "large/step-1.pt")
     key = "G.bottleneck.0.conv1.parametrizations.weight.original"
     assert (a[key] - b[key]).abs().max() < 1e-3                                 # one step of Adam further

@@ -10,7 +10,7 @@ LIBRARY = {"model", "losses", "data"}       # of the paper, beside the stages
 FOLDERS = {"runtime", "media", "beyond", "evaluation"}
 OURS = STAGES | LIBRARY | FOLDERS
 
-# A folder stands for all modules in it. A module may have more, as runtime/checkpoint.py, which builds networks.
+# A folder stands for all modules in it. A module may have more, as checkpoint.py, which builds networks.
 ALLOWED = {
     "model": set(),
     "losses": {"runtime", "media"},

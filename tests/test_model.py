@@ -45,7 +45,7 @@ def test_shapes_and_where_attention_sits(size):
     assert score.shape == (2,)
     assert [f.shape[-1] for f in features] == [size >> k for k in range(1, len(features))] + [4]
     assert seen == {"E.net.attention": 32, "D.V.attention": 32, "G.attention_down": 32,
-                    "G.attention_up": 32}       # four times the bottleneck, which is 8 here and 16 in the paper
+                    "G.attention_up": 32}       # four times the bottleneck: 8 here, 16 in the paper
     assert G.attention_up_after == 2 and cfg.bottleneck == 8 and Config().bottleneck == 16
 
 
@@ -164,7 +164,8 @@ def test_config_refuses_what_cannot_be_built(wrong):
 
 
 @pytest.mark.parametrize("size,channels,widths", [
-    (256, (64, 128, 256, 512), [64, 128, 256, 512, 512, 512]), (128, (16, 32, 64, 256), [16, 32, 64, 128, 256]),
+    (256, (64, 128, 256, 512), [64, 128, 256, 512, 512, 512]),
+    (128, (16, 32, 64, 256), [16, 32, 64, 128, 256]),
     (256, (16, 16, 32, 64, 256), [16, 16, 32, 64, 128, 256]), (64, (32, 64, 128), [32, 64, 128, 128])])
 def test_the_widths_of_the_embedder_follow_from_those_of_the_generator(size, channels, widths):
     assert Config(size, channels).embedder_channels() == widths

@@ -174,7 +174,7 @@ def test_the_optimizers_hold_every_parameter_once_at_the_papers_rates():
 
 
 def test_rows_of_W_are_trained_by_adam():
-    """Against a dense Adam by hand, in steps that draw a row once, twice and never, as D is updated twice each."""
+    """Against a dense Adam by hand, in steps that draw a row once, twice and never; D is updated twice each."""
     cfg, E, G, D = networks(num_videos=5)
     optimizers = make_optimizers(E, G, D, cfg)
     W, v, n, gradients = D.W.detach().clone(), torch.zeros_like(D.W), 0, []
@@ -378,7 +378,7 @@ def reference_finetuning(E, G, D, x, y, rates, adversarial, others=None):
 @pytest.mark.parametrize("as_paper,adversarial,likeness", [
     (True, True, False), (True, False, False), (False, True, True)])
 def test_finetune_is_eq_7_to_10(as_paper, adversarial, likeness, double, monkeypatch):
-    """At the constant rates of meta-learning, as in the paper, or at falling ones and with our other poses."""
+    """At the constant rates of meta-learning, as in the paper, or at falling ones with our other poses."""
     cfg, *nets = networks(lr=2e-4, lr_d=3e-6, finetune_lr=6e-4, finetune_lr_d=1e-5)
     nets[1].P.gain.fill_(2.0)
     standing_still(*nets)
@@ -422,7 +422,7 @@ def test_other_poses_are_for_dlibs_network():
 
 
 class Seen:
-    """As recognition.FaceFeatures: its vectors are the colours and where the face is, and it keeps the latter."""
+    """As recognition.FaceFeatures: its vectors are the colours and where the face is, which it keeps."""
 
     def vectors(self, x, points):
         self.points = points
@@ -430,7 +430,7 @@ class Seen:
 
 
 def test_likeness_by_hand():
-    """Who they are: the mean over all photos, each by its own landmarks. 20 (1 - cosine), in the poses drawn."""
+    """Who they are: the mean over photos, each by its own landmarks. 20 (1 - cosine), in the poses drawn."""
     _, points = ToyHeads(1).load(0, range(9))
     x, network = pictures(9), Seen()
     others = OtherPoses(x, [points[:1], points[1:]], network)

@@ -15,7 +15,8 @@ from beyond.toy import ToyHeads
 from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors,
                       write_clip)
 from data import to_float, to_tensors
-from finetune import LUMINANCE, embed, finetune, learn_person
+from beyond.portrait import LUMINANCE
+from finetune import embed, finetune, learn_person
 from losses import ContentLoss
 from media.decode import read_video, to_rgb
 from media.folders import Photo, faces_in
