@@ -1,19 +1,19 @@
 """From videos and photos to what the networks see: landmarks, crops, prepared folders, training episodes.
 
-    python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper: wants a GPU
-    python data.py --videos DIR --out DIR --landmarks dlib      # offline, about 10 ms a frame on a CPU core
+    python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper; needs a GPU
+    python data.py --videos DIR --out DIR --landmarks dlib      # offline, 10 ms a frame on a CPU core
 
-Every folder below DIR is one sequence i: the clips of a VoxCeleb2 video (id/video/clip.mp4), the frames of
-a VoxCeleb1 video, or the photos of a person. Clips that lie directly in DIR are a sequence each, photos
-there one together. A prepared sequence is one file, a dictionary with
+Every folder below DIR is one sequence i of the paper: the clips of a VoxCeleb2 video (id/video/clip.mp4), the
+frames of a VoxCeleb1 video, or the photos of a person. In DIR itself, every clip is a sequence, and all
+photos together are one. A prepared sequence is one file, a dictionary with
 
     "jpeg", "offsets"       the bytes of all n crops, and where each begins and ends: (n + 1,)
     "landmarks"             (n, 68, 2) float32, in pixels of the crops
-    "file", "seconds"       (n,), which clip or photo of the sequence a frame comes from, and its time there
+    "file", "seconds"       (n,), which clip or photo of the sequence a frame comes from, and its time in it
     "made_up"               (n,), the share of a crop that lies beyond the border of the picture, 0 to 1
     "image_size", "detector"
 
-Running it again goes on where it stopped.
+A folder that was not finished is continued by running the command again.
 """
 import hashlib
 import io
@@ -33,7 +33,7 @@ from runtime.device import usable_cores
 from runtime.files import UserError, make_parser, pass_on_want_of_memory, run, warn
 from runtime.resume import worker_signals
 
-SIZES = (64, 128, 256, 512)     # of the pictures that the networks take
+SIZES = (64, 128, 256, 512)     # S: the image sizes that the networks accept
 
 # ------------------------------------------------------------------------------------------- landmarks
 
@@ -53,8 +53,8 @@ LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and le
 def draw_landmarks(points, size):
     """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> uint8 (size, size, 3), lines on black.
 
-    Drawn twice as large, or at 256 pixels where that is more, and averaged down, because that keeps positions
-    finer than a pixel.
+    They are drawn at twice the size, but on at least 256 pixels, and averaged down, because this preserves
+    positions between pixels.
     """
     canvas = max(2 * size, 256)
     image = Image.new("RGB", (canvas, canvas))
@@ -70,21 +70,21 @@ def draw_landmarks(points, size):
 # --------------------------------------------------------------------------------- datasets and episodes
 
 class PreparedVideos:
-    """The sequences of a prepared folder, each of which is checked: all must have the same landmarks.
+    """The sequences of a prepared folder. len() is their number.
 
-    len(): how many sequences.  count(i): the frames of one.  usable(i): the numbers of those that training
-    may use.  load(i, ts): some of them.
+    Opening it checks every file. A damaged one gets a warning and counts as a sequence without frames.
+    Raises UserError if files are from different landmark detectors, or smaller than image_size.
     """
 
     def __init__(self, folder, image_size=None):
-        """image_size: of the frames that load() returns; None: the smallest that is stored."""
+        """image_size: of the frames that load() returns; None means the smallest that is stored."""
         self.folder = folder
         self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
         if not self.files:
             raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR "
                             f"--out {folder}`, or train on drawn heads with --toy")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
-        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # what rows of W belong to
+        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # W belongs to these sequences
         self._made_up, kinds, problem = [], {}, None
         for i, file in enumerate(self.files):
             try:
@@ -101,7 +101,7 @@ class PreparedVideos:
 
     @staticmethod
     def _agreement(kinds, image_size):
-        """kinds: {(detector, stored size): the first file of that kind} -> the detector and size of all."""
+        """kinds: {(detector, stored size): the first such file} -> the detector and image size of all."""
         image_size = image_size or min(stored for _, stored in kinds)
         (detector, _), first = next(iter(kinds.items()))
         for (other, stored), file in kinds.items():
@@ -114,12 +114,12 @@ class PreparedVideos:
         return detector, image_size
 
     def _open(self, i):
-        try:  # memory-mapped: a few frames of a long video cost a few frames
+        try:  # memory-mapped, so that reading a few frames of a long video does not read all of it
             sequence = torch.load(self.files[i], mmap=True, weights_only=True)
             for key in ("image_size", "detector", "landmarks", "offsets", "jpeg", "made_up"):
                 sequence[key]
             return sequence
-        except OSError as e:    # a folder of somebody else's, a network drive that is gone
+        except OSError as e:    # for example no permission, or a network drive that is gone
             raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
             pass_on_want_of_memory(e)
@@ -130,19 +130,19 @@ class PreparedVideos:
         return len(self.files)
 
     def count(self, i):
-        """Frames of sequence i; 0 where its file is damaged."""
+        """The number of frames of sequence i; 0 if its file is damaged."""
         return len(self._made_up[i])
 
     def usable(self, i):
-        """The numbers of the frames of sequence i of which at most MADE_UP is made up."""
+        """The numbers of the frames of sequence i that training may use: at most MADE_UP is made up."""
         return np.flatnonzero(self._made_up[i] <= MADE_UP)
 
     def landmarks(self, i):
-        """Of all frames of sequence i: (n, 68, 2), in pixels of its stored size. UserError if damaged."""
+        """All landmarks of sequence i (n, 68, 2), in pixels of its stored size."""
         return self._open(i)["landmarks"].numpy()
 
     def load(self, i, ts):
-        """Frames with the numbers ts (k,) of sequence i: uint8 (k, S, S, 3), and landmarks (k, 68, 2)."""
+        """The frames ts (k,) of sequence i: uint8 (k, S, S, 3), and their landmarks (k, 68, 2)."""
         sequence, S = self._open(i), self.image_size
         frames = []
         for t in ts:
@@ -161,22 +161,24 @@ class PreparedVideos:
 
 
 def check_landmarks(videos, folder, config, checkpoint):
-    """UserError where the videos of a folder have other landmarks than a checkpoint's training had."""
+    """Raise UserError if these videos and the checkpoint's training data are from different detectors."""
     if videos.detector != config.landmarks:
-        raise UserError(f"{folder} was prepared with {videos.detector} landmarks, {checkpoint} "
-                        f"trained with {config.landmarks}")
+        raise UserError(f"{folder} was prepared with {videos.detector} landmarks, but {checkpoint} was "
+                        f"trained with {config.landmarks}: prepare it with --landmarks {config.landmarks}")
 
 
 class Episodes(torch.utils.data.Dataset):
-    """Sec. 3.2: item n = step * slots + slot is an episode, a pure function of (seed, step, rank, slot).
+    """The episodes of Sec. 3.2. Item n = step * slots + slot depends on (seed, step, rank, slot) alone.
 
-    So resuming is exact, and the order does not depend on the number of loader workers. slots: how many of
-    a step's episodes are this rank's.
-    Rank r draws only the sequences i with i mod world = r, so that each row of W is learned in one D.
+    So a training can be resumed exactly, and its data does not depend on the number of loader workers.
+    Rank r draws only the sequences i with i mod world = r, because each row of W then is in one D alone.
     """
 
     def __init__(self, videos, K, slots, seed=0, rank=0, world=1, augment=None, stills=0.0):
-        """Ours: augment changes an episode (beyond.augment); stills is the share of episodes of one frame."""
+        """slots: the number of episodes of a step on this rank.
+
+        Ours: augment changes an episode (beyond.augment); stills is the share of episodes made of one frame.
+        """
         self.videos, self.K, self.slots = videos, K, slots
         self.seed, self.rank, self.world = seed, rank, world
         self.augment, self.stills = augment, stills
@@ -189,10 +191,10 @@ class Episodes(torch.utils.data.Dataset):
                             f"damaged, or more than {MADE_UP:.0%} of their crops is made up")
 
     def __len__(self):
-        return sys.maxsize  # drawn without end
+        return sys.maxsize  # there is no last episode
 
     def __getitem__(self, n):
-        """-> the row in this rank's W, and x, y uint8 (K+1, 3, S, S), the target frame t first."""
+        """-> the row of this rank's W, and x, y uint8 (K+1, 3, S, S), with the target frame t first."""
         step, slot = divmod(n, self.slots)
         rng = np.random.default_rng((self.seed, step, self.rank, slot))
         still = rng.random() < self.stills
@@ -207,7 +209,7 @@ class Episodes(torch.utils.data.Dataset):
         return row * self.world + self.rank
 
     def draw(self, rng, still):
-        """K + 1 frames of a random sequence; one damaged file among many must not stop a training of days."""
+        """-> row, K + 1 frames, landmarks. Training does not stop for a damaged file: another is drawn."""
         for attempt in range(1000):
             row = int(rng.integers(self.rows))
             video = self.video(row)
@@ -218,15 +220,15 @@ class Episodes(torch.utils.data.Dataset):
                 return row, *self.videos.load(video, draw_frames(rng, usable, self.K, still))
             except UserError as e:
                 if row not in self.damaged:
-                    warn(f"{e}. Another sample takes its place.")
+                    warn(f"{e}. Other sequences are used instead.")
                 self.damaged.add(row)
-        raise UserError(f"1000 samples in a row could not be used; the last one: {self.videos.files[video]}")
+        raise UserError(f"1000 samples in a row could not be used; the last was {self.videos.files[video]}")
 
 
 def draw_frames(rng, usable, K, still=False):
-    """[t, s_1, ..., s_K] of these frame numbers: the target t is never one of the s.
+    """Draw [t, s_1, ..., s_K] from these frame numbers. The target t is never one of the s_k.
 
-    Where there are fewer than K + 1 frames, the s repeat. still: K + 1 times t.
+    If there are fewer than K + 1 frames, the s_k repeat. still: return t K + 1 times instead.
     """
     t = int(rng.choice(usable))
     if still:
@@ -236,19 +238,19 @@ def draw_frames(rng, usable, K, still=False):
 
 
 def to_tensors(frames, points):
-    """Frames uint8 (k, S, S, 3), landmarks (k, 68, 2) -> x, y uint8 (k, 3, S, S), y drawn here (Sec. 3.1)."""
+    """Frames uint8 (k, S, S, 3) and landmarks (k, 68, 2) -> x, and y drawn from them: uint8 (k, 3, S, S)."""
     drawn = np.stack([draw_landmarks(p, frames.shape[1]) for p in points])
     x, y = (np.ascontiguousarray(part.transpose(0, 3, 1, 2)) for part in (frames, drawn))
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def to_float(images, device="cpu"):
-    """uint8 -> float32 in [-1, 1] on the device."""
+    """uint8 levels -> float32 in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def landmark_images(points, size, device="cpu"):
-    """y(t) for G: landmarks (n, 68, 2) in pixels -> their drawings, float (n, 3, size, size) in [-1, 1]."""
+    """Landmarks (n, 68, 2) in pixels -> y for G: float (n, 3, size, size) in [-1, 1]."""
     drawn = np.stack([draw_landmarks(p, size) for p in points])
     return to_float(torch.from_numpy(drawn).movedim(-1, 1), device)
 
@@ -260,7 +262,7 @@ def to_uint8(images):
 
 
 def batches(episodes, start, steps, device):
-    """Yield (row (B,), x, y (B, K+1, 3, S, S) in [-1, 1], seconds waited) for the steps from `start` on."""
+    """Yield row (B,), x, y (B, K+1, 3, S, S) in [-1, 1] and the seconds waited, from step `start` on."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     slots = episodes.slots
     loader = DataLoader(episodes, slots, sampler=range(start * slots, steps * slots),
@@ -282,23 +284,23 @@ def main():
         help="videos, or folders of frames or photos (default: videos)")
     add("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
     add("--landmarks", choices=("fan", "dlib"), default="fan",
-        help="the detector (default: fan, the paper's)")
-    add("--image-size", type=int, default=256, help="pixels of a crop (default: 256)")
+        help="the landmark detector (default: fan, as in the paper)")
+    add("--image-size", type=int, default=256, help="width of the crops in pixels (default: 256)")
     add("--max-frames", type=int, default=128,
-        help="at most so many frames per sequence, evenly spread; 0: all, and a sequence's crops stay in "
-             "memory until it is written (default: 128)")
+        help="the most frames of a sequence, evenly spread over it; 0 means all, which are kept in memory "
+             "until the sequence is written (default: 128)")
     add("--workers", type=int,
-        help="processes (default: one a core that memory allows; for fan on a GPU 2, which share it)")
+        help="processes (default: one per core, if memory allows; 2 with fan on a GPU, which they share)")
     args = parser.parse_args()
     workers = default_workers(args.landmarks) if args.workers is None else args.workers
     if workers < 1 or args.max_frames < 0:
-        raise UserError("--workers must be at least 1, --max-frames at least 0")
+        raise UserError("--workers must be at least 1, and --max-frames at least 0")
     if args.image_size not in SIZES:
         raise UserError(f"--image-size {args.image_size}: it must be one of {SIZES}")
     there = PreparedVideos(args.out) if any(Path(args.out).rglob("*.pt")) else None
     if there and (there.image_size, there.detector) != (args.image_size, args.landmarks):
         raise UserError(f"{args.out} was prepared with --image-size {there.image_size} --landmarks "
-                        f"{there.detector}: name the same, or another --out")
+                        f"{there.detector}: use the same settings, or another --out")
     prepare(args.videos, args.out, args.landmarks, args.image_size, args.max_frames, workers)
 
 

@@ -1,9 +1,9 @@
-"""Stage 2, Sec. 3.3: few-shot learning of a new person by fine-tuning on T photos or frames.
+"""Stage 2, Sec. 3.3: learn a new person by fine-tuning on T photos or frames.
 
     python finetune.py --photos A.jpg B.jpg --out person.pt
     python finetune.py --photos CLIP.mp4 --out person.pt --checkpoint runs/small/step-8100.pt
 
-Writes a person file: all that `infer.py --person` needs. The meta-learned checkpoint is only read.
+Writes a person file, which is all that `infer.py --person` needs. The checkpoint is only read.
 """
 import os
 
@@ -27,33 +27,33 @@ from runtime.device import autocast, default_device
 from runtime.files import UserError, check_least, check_paths, make_parser, run, warn
 
 CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "real256.pt")
-BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, in batches of 8 images for T larger than 1
+BATCH, EPOCHS = 8, 40   # A.1: 40 epochs, with batches of 8 if T is larger than 1
 
 
 @torch.no_grad()
 def embed(E, x, y):
-    """e_NEW, eq. 7: the mean of the embeddings of T frames, (T, 3, S, S) twice -> (N,)."""
+    """e_NEW of eq. 7, the mean of the embeddings of T frames: x, y (T, 3, S, S) -> (N,)."""
     return torch.cat([E(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH))]).mean(0)
 
 
 def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=False,
              as_paper=False, others=None, adversarial=True, random=None):
-    """Fine-tune G and D in place on T frames of a person; E is only read. Sec. 3.3.
+    """Fine-tune G and D in place on T frames of a person (Sec. 3.3). E is only read.
 
-    `psi` and `w` are the paper's psi' and w'; its psi and theta are the weights of G and of D's V.
-    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss, unused where epochs=0.
-    as_paper: at the rates of meta-learning, constant. Otherwise ours, the "training scheduler" that A.1 did
-    without: from config.finetune_lr linearly to 0.
-    others: ours, of beyond.likeness.other_poses(); None: without this term, as in the paper.
+    `psi` and `w` are the paper's psi' and w'. Its psi and theta are the weights of G and of D's V.
+    x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss; None if epochs is 0.
+    as_paper: keep the learning rates of meta-learning constant. Otherwise they fall linearly from
+    config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler".
+    others: ours, from beyond.likeness.other_poses(), or None to do without this term, as the paper does.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
-    Returns psi' (|psi|,), w' (N,), and the losses of each step: {"cnt", "adv", "fm", "dsc"}, and "like"
-    where there are others.
+    Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: "cnt", "adv", "fm", "dsc", and
+    "like" if there are others.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)       # a quarter faster
     psi, w = start_values(E, G, D, x, y, random, seed)
-    without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' took its place
+    without_P = [p for name, p in G.named_parameters() if not name.startswith("P.")]  # psi' replaces it
     lr, lr_d = (config.lr, config.lr_d) if as_paper else (config.finetune_lr, config.finetune_lr_d)
     optimizer_G = torch.optim.Adam([*without_P, psi], lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], lr_d, BETAS)
@@ -76,10 +76,10 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 cnt = content(x_hat, x_t)
                 adv = adversarial_loss(fake_score)
                 fm = feature_matching_loss(fake_features, real_features)
-                loss = cnt + (adv + fm if adversarial else 0)               # in brackets L'_ADV
+                loss = cnt + (adv + fm if adversarial else 0)               # L'_CNT + L'_ADV
                 losses = {"cnt": cnt, "adv": adv, "fm": fm}
 
-                # ours, beside eq. 9: the likeness in other poses
+                # ours, in addition to eq. 9: the likeness in other poses
                 if others:
                     y_o = others.draw()                                     # (n, 3, S, S)
                     x_o = G.render(y_o, psi.expand(len(y_o), -1)).float()   # (n, 3, S, S)
@@ -109,7 +109,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
 
 
 def start_values(E, G, D, x, y, random, seed):
-    """psi' = P e_NEW (|psi|,) and w' = w0 + e_NEW (N,), trainable. random, seed: as in finetune()."""
+    """-> the parameters psi' = P e_NEW (|psi|,) and w' = w0 + e_NEW (N,). random, seed: see finetune()."""
     e_new = embed(E.eval(), x, y)                       # (N,): eq. 7
     with torch.no_grad():
         psi = G.project(e_new[None])[0]
@@ -120,9 +120,9 @@ def start_values(E, G, D, x, y, random, seed):
 
 
 def randomised(what, e_new, psi, w, G, D, seed):
-    """A.2: e_NEW ("e"), psi' ("psi") or w' ("w") from noise of the mean and deviation it would have.
+    """Ablation of A.2: replace e_NEW ("e"), psi' ("psi") or e_NEW in w' ("w") by Gaussian noise.
 
-    e_new (N,), psi (|psi|,), w (N,) -> psi, w.
+    The noise has the mean and the deviation of what it replaces. e_new (N,), psi (|psi|,), w (N,) -> psi, w.
     """
     noise = torch.Generator(e_new.device).manual_seed(seed)
     like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
@@ -132,14 +132,13 @@ def randomised(what, e_new, psi, w, G, D, seed):
     return (like(psi), w) if what == "psi" else (psi, D.w0 + like(e_new))
 
 
-# ------------------------------------------------------------------ for this command and infer.py
+# --------------------------------------------------------------------- shared with infer.py
 
 def load_photos(paths, config, detect, max_frames=32):
-    """-> [Photo] of photos and clips. UserError where one shows no face, which names all such files at once.
+    """Find the face in photos and clips -> [Photo]. Raises UserError, which names all files without a face.
 
-    The first frame of the first Photo, which gives pose and expression, has open eyes if any frame has them.
-    A line tells of that, of several people, of small faces and shut eyes, and of photos that are cut so tight
-    that much of what is learned has to be made up.
+    The first frame of the first Photo gives pose and expression, so it has open eyes if any frame has them.
+    Prints a warning for several people, small faces, shut eyes, and photos that are cut tight.
     """
     photos, problems, recognition = [], [], tell_apart()
     for path in paths:
@@ -154,14 +153,14 @@ def load_photos(paths, config, detect, max_frames=32):
         raise UserError("; ".join(problems))
     if len(photos) > 1:
         warn_of_several_people(paths, photos)
-    first = np.argmax([eye_opening(photo.points[0]) >= SHUT for photo in photos])      # 0 if there is none
+    first = np.argmax([eye_opening(photo.points[0]) >= SHUT for photo in photos])      # 0 if there are none
     if first:
-        warn(f"pose and expression are those of {paths[first]}, because the eyes in {paths[0]} are shut")
+        warn(f"pose and expression are taken from {paths[first]}, because the eyes in {paths[0]} are shut")
     return [photos[first], *photos[:first], *photos[first + 1:]]
 
 
 def to_networks(photos):
-    """-> x, y float (T, 3, S, S) in [-1, 1], of all photos together."""
+    """All frames of these [Photo] -> x, y float (T, 3, S, S) in [-1, 1]."""
     frames, points = zip(*photos)
     x, y = to_tensors(np.concatenate(frames), np.concatenate(points))
     return to_float(x), to_float(y)
@@ -172,7 +171,7 @@ FINETUNING = "as_paper", "content", "vgg19", "vggface"
 
 def add_finetuning_flags(parser):
     parser.add_argument("--as-paper", action="store_true",
-                        help="fine-tune as in the paper: constant rates, and only the losses of eq. 9")
+                        help="fine-tune as in the paper: constant learning rates, only the losses of eq. 9")
     add_content_flags(parser)
 
 
@@ -184,25 +183,25 @@ def add_content_flags(parser):
 
 
 def content_loss(args, config, faces=True):
-    """The content loss that these flags name; of faces with dlib's network where --vggface is not given."""
+    """-> the ContentLoss of these flags. For faces, dlib's network replaces VGGFace without --vggface."""
     extra = FaceTerm() if faces and not args.vggface else None
     return ContentLoss(args.content or config.content, args.vgg19, args.vggface, extra)
 
 
 def load_for_finetuning(path, device, random=None):
-    """A meta checkpoint that may be fine-tuned. UserError for the FF variant, but with a random w' (A.2)."""
+    """Load a meta-learned checkpoint. Raises UserError for the FF variant, unless w' is random (A.2)."""
     state = load_checkpoint(path, device)
     if not state["config"].match and random != "w":
-        raise UserError(f"{path} was trained without the match loss (the FF variant), which the paper uses "
-                        "without fine-tuning only: infer.py --feed-forward does that")
+        raise UserError(f"{path} was trained without the match loss (the FF variant), so it cannot be "
+                        "fine-tuned: use infer.py --feed-forward")
     return state
 
 
 def learn_person(state, photos, content, epochs, device, progress=True, as_paper=False, **switches):
-    """A loaded checkpoint and [Photo] of a person -> what a person file holds: G, psi', source.
+    """Learn a person from [Photo] and a loaded checkpoint -> what a person file holds: G, psi' and source.
 
-    epochs=0: feed-forward, content unused.  as_paper, switches: of finetune().
-    G: folded and without P, and makes grey pictures if all photos are grey, but for as_paper.
+    epochs=0: feed-forward; content may be None.  as_paper, switches: see finetune().
+    G is folded and has no P. If all photos are grey it draws grey pictures, except with as_paper.
     source: (3, S, S), the first frame.
     """
     config, (E, G, D) = state["config"], load_networks(state)
@@ -213,7 +212,7 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
         others = other_poses(x, [photo.points for photo in photos], content)
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
                        as_paper=as_paper, others=others, **switches)
-    G.P = nn.Identity()  # psi' has taken P's place
+    G.P = nn.Identity()  # psi' replaces it
     G.fold()
     if are_grey(photos) and not as_paper:
         make_grey(G)
@@ -223,8 +222,8 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
 def save_person(path, config, G, psi, source, photos):
     """Write a person file: G folded and without P, psi' (|psi|,), source (3, S, S) in [-1, 1].
 
-    The "landmarks" (m, 68, 2) of the photos, with the "counts" of each, say whose face it is, for when
-    someone else drives.
+    It also holds the "landmarks" (m, 68, 2) of all photos and the "counts" of frames of each, because
+    beyond/adapt.py needs the person's face shape when someone else drives.
     """
     points = [torch.from_numpy(photo.points) for photo in photos]
     save_checkpoint(path, "person", config, G=G, psi=psi, source=source,
@@ -234,12 +233,12 @@ def save_person(path, config, G, psi, source, photos):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--photos", nargs="+", required=True, metavar="FILE", help="photos and/or clips of one person")
+    add("--photos", nargs="+", required=True, metavar="FILE", help="photos and clips of one person")
     add("--out", default="person.pt", help="the person file (default: person.pt)")
     add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
     add("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")
-    add("--no-adversarial", action="store_true", help="ablation of A.2: without the adversarial term")
-    add("--random", choices=("e", "psi", "w"), help="ablation of A.2: start e_NEW, psi' or w' from noise")
+    add("--no-adversarial", action="store_true", help="an ablation of A.2: no adversarial term")
+    add("--random", choices=("e", "psi", "w"), help="an ablation of A.2: start e_NEW, psi' or w' from noise")
     add_finetuning_flags(parser)
     args = parser.parse_args()
     check_least(args, 1, "epochs")
@@ -253,7 +252,7 @@ def main():
     person = learn_person(state, photos, content, args.epochs, device, as_paper=args.as_paper,
                           adversarial=not args.no_adversarial, random=args.random)
     save_person(args.out, config, *person, photos)
-    print(f"wrote {args.out}: python infer.py --person {args.out} --driver VIDEO")
+    print(f"wrote {args.out}: use it with python infer.py --person {args.out} --driver VIDEO")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Stage 3: a photo (or a person file) and a driver in, a talking-head video out.
+"""Stage 3: make a talking-head video from a photo (or a person file) and a driver.
 
     python infer.py --photo x.jpg --driver v.mp4                # fine-tunes on the photo first, Sec. 3.3
     python infer.py --photo x.jpg y.jpg --driver v.mp4 --feed-forward --compare
-    python infer.py --person person.pt --driver track.npz       # from finetune.py, a saved track
-    python infer.py --photo x.jpg --views                       # new viewpoints, Fig. 6: no driver
+    python infer.py --person person.pt --driver track.npz       # a person file, driven by saved landmarks
+    python infer.py --photo x.jpg --views                       # new viewpoints as in Fig. 6
 
-The result has the driver's frames, time stamps and sound. Memory does not grow with the driver's length
-but for the landmarks themselves, half a kilobyte a frame.
+The result has as many frames as the driver, with its time stamps and sound. A long driver needs no more
+memory than a short one, apart from half a kilobyte for the landmarks of each frame.
 """
 import os
 
@@ -33,13 +33,13 @@ from runtime.files import UserError, atomic, check_idle, check_paths, make_parse
 
 @torch.inference_mode()
 def render(G, psi, points, size, source=None, progress=True):
-    """Yield a uint8 (S, S, 3) frame for each of the landmarks (n, 68, 2): G'(y; psi, psi') of Sec. 3.3.
+    """Yield a frame for each of the landmarks (n, 68, 2): G'(y; psi, psi') of Sec. 3.3, uint8 (S, S, 3).
 
-    source: a picture (3, S, S) in [-1, 1]: then (S, 3S, 3), source, landmarks and result side by side.
+    source: a picture (3, S, S) in [-1, 1], with which frames are (S, 3S, 3): source, landmarks and result.
     """
     dtype = fast_dtype(psi.device)
-    G = G.to(dtype=dtype, memory_format=torch.channels_last)        # it is not for training any more
-    batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs do large images one by one
+    G = G.to(dtype=dtype, memory_format=torch.channels_last)        # G will not be trained any more
+    batch = 8 if psi.is_cuda else max(1, (256 // size) ** 2 // 2)   # CPUs are fastest with small batches
     for start in tqdm(range(0, len(points), batch), "rendering", unit=" batches", disable=not progress):
         y = landmark_images(points[start:start + batch], size, psi.device)                  # (B, 3, S, S)
         frames = to_uint8(G.render(y.to(dtype), psi.expand(len(y), -1)))                    # (B, S, S, 3)
@@ -51,24 +51,24 @@ def render(G, psi, points, size, source=None, progress=True):
 
 # ------------------------------------------------------------------------------------- who drives whom
 
-def choose_motion(track, path, picture, source, face):
-    """The default of --motion, and a word where it is not relative. path: the driver's.
+def choose_motion(track, path, picture, source, face3d):
+    """-> the --motion to use if the user names none. Prints the reason if it is not "relative".
 
-    picture: uint8 (S, S, 3), the one that `source` describes.
+    path: the driver's.  picture: uint8 (S, S, 3), the one that `source` describes.
     """
     if len(track.pts) == 1:
-        print("a driver of one frame has no motion: its pose is taken (--motion absolute)")
+        print("the driver is a single frame and has no motion, so its pose is used (--motion absolute)")
         return "absolute"
-    if not is_track(path) and same_person(track, path, picture, source, face):
-        print("the driver is the same person: its pose is taken as it is (--motion absolute)")
+    if not is_track(path) and same_person(track, path, picture, source, face3d):
+        print("the driver shows the same person, so its pose is used as it is (--motion absolute)")
         return "absolute"
     return "relative"
 
 
-def same_person(track, path, picture, source, face, frames=5):
-    """Whether the source and a few frames of the driver's first 250 show one person, by dlib's network."""
+def same_person(track, path, picture, source, face3d, frames=5):
+    """Whether dlib's network takes the source and some of the driver's first 250 frames for one person."""
     recognise = dlib_recognition()
-    points = place(source.pose[None], source.z[None], source.opening[None], source, face)
+    points = place(source.pose[None], source.z[None], source.opening[None], source, face3d)
     own = recognise(picture, points[0])
     start = track.first(250)
     chosen = evenly(np.flatnonzero(start.found).tolist(), frames)
@@ -78,69 +78,70 @@ def same_person(track, path, picture, source, face, frames=5):
     return np.mean([own @ recognise(crops[k], points[k]) for k in crops]) > SAME
 
 
-def whose_face(state, face):
-    """-> Source of a person file."""
+def source_of(state, face3d):
+    """-> the Source of a loaded person file."""
     photos = state["landmarks"].cpu().split(state["counts"].tolist())
-    return describe([points.numpy() for points in photos], face)
+    return describe([points.numpy() for points in photos], face3d)
 
 
-def warn_of_sides(track, source, motion, face):
-    """Where photo or driver look aside, the result suffers."""
+def warn_of_sides(track, source, motion, face3d):
+    """Warn of a photo or a driver that looks to the side, because the result suffers from it."""
     yaw = abs(np.degrees(source.pose[0]))
     if yaw > 40:
-        warn(f"the photo shows the face from the side, by about {yaw:.0f} degrees: half is guessed")
+        warn(f"the photo shows the face turned by about {yaw:.0f} degrees, so half of it has to be guessed")
     if motion == "relative":
-        yaw = abs(np.degrees(np.median(fit(track.points[track.found], face).pose[:, 0])))
+        yaw = abs(np.degrees(np.median(fit(track.points[track.found], face3d).pose[:, 0])))
         if yaw > 25:
-            warn(f"the driver looks aside by about {yaw:.0f} degrees most of the time, which counts as "
-                 "straight ahead: --motion absolute takes its pose as it is")
+            warn(f"the driver's face is turned by about {yaw:.0f} degrees most of the time, which counts "
+                 "as its neutral pose: --motion absolute uses the pose as it is")
 
 
-def write_views(path, sheet, render_points, source, face):
-    """Fig. 6: the photo's expression from yaw -40 to 40 degrees, a looping video and a sheet."""
+def write_views(path, sheet, render_points, source, face3d):
+    """Fig. 6: write a looping video and a sheet of the photo's expression from yaw -40 to 40 degrees."""
     with atomic(sheet) as temporary:
-        row = render_points(views(source, face, np.linspace(-40, 40, 9)))
+        row = render_points(views(source, face3d, np.linspace(-40, 40, 9)))
         Image.fromarray(np.concatenate(list(row), axis=1)).save(temporary, "PNG")
     yaws = 40 * np.sin(np.linspace(0, 2 * np.pi, 100, endpoint=False))      # 4 s, there and back
-    write_video(path, render_points(views(source, face, yaws)), np.arange(100), (1, 25))
+    write_video(path, render_points(views(source, face3d, yaws)), np.arange(100), (1, 25))
     print(f"wrote {path} and {sheet}")
 
 
 def parse():
     parser = make_parser(__doc__)
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--photo", nargs="+", metavar="FILE", help="photos and/or clips of the person")
-    who.add_argument("--person", metavar="FILE", help="a person file of finetune.py or --save-person")
+    who.add_argument("--photo", nargs="+", metavar="FILE", help="photos and clips of the person")
+    who.add_argument("--person", metavar="FILE", help="a person file from finetune.py or --save-person")
     add = parser.add_argument
-    add("--driver", metavar="FILE", help="the video whose face drives, or a saved track (.npz)")
-    add("--motion", choices=("relative", "absolute", "paper"), help="relative: the photo's pose and "
-        "expression plus the driver's change; absolute: the driver's on the source's face; paper: the "
-        "driver's landmarks as they are (default: relative; absolute where it is the same person)")
-    add("--views", action="store_true",
-        help="no driver: from yaw -40 to 40 degrees, a video, and a picture beside it, NAME.views.png")
+    add("--driver", metavar="FILE", help="a video of the face that drives, or its saved landmarks (.npz)")
+    add("--motion", choices=("relative", "absolute", "paper"), help="relative: the driver's movements, added "
+        "to pose and expression of the photo; absolute: the driver's pose and expression, on the face of the "
+        "photo; paper: the driver's landmarks as they are (default: relative, or absolute if the driver is "
+        "the same person)")
+    add("--views", action="store_true", help="without a driver: a video of the person from yaw -40 to 40 "
+        "degrees, and the same views in one picture, NAME.views.png")
     add("--out", default="result.mp4", help="(default: result.mp4)")
     add("--checkpoint", help="a meta-learned checkpoint (default: the bundled one)")
-    add("--feed-forward", action="store_true", help="leave fine-tuning out: quicker, less like the person")
-    add("--compare", action="store_true", help="source, landmarks and result side by side")
-    add("--save-person", metavar="FILE", help="keep the person for --person")
-    add("--save-track", metavar="FILE", help="keep the driver's landmarks (.npz) as a later --driver")
+    add("--feed-forward", action="store_true", help="do not fine-tune: faster, but less like the person")
+    add("--compare", action="store_true", help="show source, landmarks and result side by side")
+    add("--save-person", metavar="FILE", help="also save the person, for a later --person")
+    add("--save-track", metavar="FILE", help="also save the driver's landmarks (.npz), for a later --driver")
     add_finetuning_flags(parser)
     args = parser.parse_args()
     if bool(args.driver) == args.views:
-        raise UserError("name a --driver, or ask for --views, which need none")
+        raise UserError("give either --driver FILE or --views")
     if args.person:
-        check_idle(args, "--person brings a finished person", "checkpoint", "feed_forward", "save_person",
+        check_idle(args, "--person is a finished person", "checkpoint", "feed_forward", "save_person",
                    *FINETUNING)
     if args.feed_forward:
-        check_idle(args, "--feed-forward leaves fine-tuning out", *FINETUNING)
+        check_idle(args, "--feed-forward does not fine-tune", *FINETUNING)
     if args.views:
-        check_idle(args, "--views need no driver", "motion", "compare", "save_track")
+        check_idle(args, "--views has no driver", "motion", "compare", "save_track")
     args.checkpoint = args.checkpoint or CHECKPOINT
     if args.save_track and not is_track(args.save_track):
-        raise UserError(f"--save-track {args.save_track}: end it in .npz, by which --driver knows it")
+        raise UserError(f"--save-track {args.save_track}: the name must end in .npz")
     if os.path.splitext(args.out)[1].lower() not in SUFFIXES:
-        raise UserError(f"--out {args.out}: the result is an mp4, and players go by the name: "
-                        "end it in .mp4, .m4v or .mov")
+        raise UserError(f"--out {args.out}: the name must end in .mp4, .m4v or .mov, because the result is "
+                        "an mp4 file")
     inputs = [*(args.photo or []), args.person or args.checkpoint, args.driver, args.vgg19, args.vggface]
     args.sheet = os.path.splitext(args.out)[0] + ".views.png" if args.views else None
     check_paths(inputs, [args.out, args.sheet, args.save_person, args.save_track])
@@ -156,18 +157,18 @@ def main():
 
 
 def words_on_stop(args, kept):
-    """How the next run can start from what this one has done; else which flags would have kept it."""
+    """A message for Ctrl-C: how to start from what was saved, or which flags would have saved something."""
     if kept:
-        return f"the next run can start with {' '.join(kept)}"
+        return f"start the next run with {' '.join(kept)} to continue from here"
     lost = [] if args.person or args.save_person else ["--save-person FILE"]
     if args.driver and not is_track(args.driver) and not args.save_track:
         lost.append("--save-track FILE")
-    return f"with {' and '.join(lost)} the next run would not have to begin anew" if lost else ""
+    return f"add {' and '.join(lost)} to keep what a run has done" if lost else ""
 
 
 def animate(args, kept):
-    """The whole command. kept: is filled with the flags by which another run starts from what is saved."""
-    # everything is read, and refused, before anything long begins
+    """The whole command. The flags with which another run can use what was saved are appended to `kept`."""
+    # read all inputs, so that a wrong one is refused before anything long begins
     device = default_device()
     if args.person:
         state = load_checkpoint(args.person, device, kind="person")
@@ -175,25 +176,25 @@ def animate(args, kept):
         state = load_checkpoint(args.checkpoint, device)
     else:
         state = load_for_finetuning(args.checkpoint, device)
-    config, face = state["config"], load_face3d()
+    config, face3d = state["config"], load_face3d()
     size, epochs = config.image_size, 0 if args.feed_forward else EPOCHS
     video = args.driver and not is_track(args.driver)
     detect = landmark_detector(config.landmarks) if args.photo or video else None
     if args.photo:
         photos = load_photos(args.photo, config, detect)
         content = None if args.feed_forward else content_loss(args, config)
-        source, picture = describe([photo.points for photo in photos], face), photos[0].frames[0]
+        source, picture = describe([photo.points for photo in photos], face3d), photos[0].frames[0]
     else:
-        source, picture = whose_face(state, face), to_uint8(state["source"])
+        source, picture = source_of(state, face3d), to_uint8(state["source"])
     if args.driver:
         track = read_driver(args.driver, config.landmarks, detect, tell_apart())
         sound_from = usable_sound(args.driver) if video else None
         if args.save_track:
             save_track(args.save_track, track)
             kept.append(f"--driver {args.save_track} (which has no sound)")
-        motion = args.motion or choose_motion(track, args.driver, picture, source, face)
+        motion = args.motion or choose_motion(track, args.driver, picture, source, face3d)
         if motion != "paper":
-            warn_of_sides(track, source, motion, face)
+            warn_of_sides(track, source, motion, face3d)
 
     # the person
     if args.person:
@@ -206,9 +207,9 @@ def animate(args, kept):
 
     # the video
     if args.views:
-        write_views(args.out, args.sheet, lambda points: render(G, psi, points, size), source, face)
+        write_views(args.out, args.sheet, lambda points: render(G, psi, points, size), source, face3d)
         return
-    points = adapt(track, source, motion, size, face, config.lips)
+    points = adapt(track, source, motion, size, face3d, config.lips)
     frames = render(G, psi, points, size, shown if args.compare else None)
     write_video(args.out, frames, track.pts, track.time_base, sound_from)
     print(f"wrote {args.out}: {len(track.pts)} frames, {track.seconds()[-1] - track.seconds()[0]:.1f} s")

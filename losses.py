@@ -1,10 +1,10 @@
 """The losses of Sec. 3.2 and 3.3. Images are (B, 3, S, S) in [-1, 1]; every loss is a scalar tensor.
 
-    L   = L_CNT + L_ADV + L_MCH      of E and G in meta-learning     (eq. 3; L_ADV is eq. 4)
-    L'  = L_CNT + L_ADV              of psi, psi' in fine-tuning     (eq. 9)
-    L_DSC                            of D in both                    (eq. 6, eq. 10)
+    L   = L_CNT + L_ADV + L_MCH      for E and G in meta-learning    (eq. 3; L_ADV is eq. 4)
+    L'  = L_CNT + L_ADV              for psi, psi' in fine-tuning    (eq. 9)
+    L_DSC                            for D in both                   (eq. 6, eq. 10)
 
-The second half of the file is about the fixed networks of L_CNT: VGG19 and VGGFace from MatConvNet's files
+The second half of the file has the fixed networks of L_CNT: VGG19 and VGGFace from MatConvNet's files
 (Sec. 3.4), VGG19 and SqueezeNet 1.1 from torchvision.
 """
 import os
@@ -20,15 +20,15 @@ from runtime.files import UserError, pass_on_want_of_memory, warn
 
 FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
-BETAS = (0.0, 0.999)                            # of the adversarial Adams; not in the paper; as BigGAN
+BETAS = (0.0, 0.999)                            # of Adam; the paper does not name them, BigGAN uses these
 
-# Ours, for small machines: they weigh what the paper's term does beside L_MCH.
+# Ours, for small machines. The loss is then about as large beside L_MCH as the paper's content loss is.
 SQUEEZE_WEIGHT = 0.2
 PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 100.0}
 
 
 def l1(a, b):
-    """Mean absolute difference, in float32 also where autocast made the activations bfloat16."""
+    """The mean absolute difference, computed in float32 even if autocast made the activations bfloat16."""
     return (a - b).abs().mean(dtype=torch.float32)
 
 
@@ -43,15 +43,15 @@ def adversarial_loss(fake_score):
 
 
 def feature_matching_loss(fake_features, real_features):
-    """L_FM of eq. 4: mean L1 per block of V, averaged over the blocks; no gradient to the real side."""
+    """L_FM of eq. 4: the mean L1 of each block's output, averaged over V's blocks."""
     terms = [l1(fake, real.detach()) for fake, real in zip(fake_features, real_features)]
     return FM_WEIGHT * sum(terms) / len(terms)
 
 
 def match_loss(e, w_i, weight=MATCH_WEIGHT):
-    """L_MCH of eq. 3: e (B, K, N), each of the K embeddings, against W_i (B, N).
+    """L_MCH of eq. 3: the mean L1 between each of the K embeddings e (B, K, N) and W_i (B, N).
 
-    W_i is detached: eq. 3 is minimised over phi, psi and P alone.
+    W_i is detached, because eq. 3 is minimised over phi, psi and P alone.
     """
     return weight * l1(e, w_i.detach()[:, None])
 
@@ -60,18 +60,19 @@ class ContentLoss(nn.Module):
     """L_CNT: weighted L1 between the activations of fixed networks on x_hat and x (Sec. 3.4).
 
     kind "vgg":      VGG19 and VGGFace from MatConvNet's files `vgg19` and `vggface`. Without the first,
-                     torchvision's VGG19 (a download); without the second, that term is missing.
+                     torchvision's VGG19 is downloaded; without the second, its term is missing.
     kind "squeeze":  SqueezeNet 1.1 (a download of 5 MB) and L1 on pixels.
     kind "l1":       L1 on pixels alone.
-    extra:           ours: a module (x_hat, x) -> scalar that stands in for VGGFace without `vggface`.
-    weight:          ours: of the whole loss beside the others.
-    UserError where a file or a download cannot be had, or is of another kind.
+    extra:           ours: a module (x_hat, x) -> scalar that replaces VGGFace if `vggface` is not given.
+    weight:          ours: the factor of the whole loss.
+    Raises UserError if a file is missing or of another kind, or if a download fails.
     """
 
     def __init__(self, kind, vgg19=None, vggface=None, extra=None, weight=1.0):
         super().__init__()
         if kind != "vgg" and (vgg19 or vggface):
-            raise UserError(f"--vgg19 and --vggface are for --content vgg, and here it is {kind}: add it")
+            raise UserError(f"--vgg19 and --vggface belong to --content vgg, but the content loss is {kind}: "
+                            "add --content vgg or leave them out")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
         self.extra, self.weight = None if vggface else extra, weight
         if kind == "vgg":
@@ -79,8 +80,8 @@ class ContentLoss(nn.Module):
             if vggface:
                 self.terms.append(vggface_features(vggface, VGGFACE_WEIGHT))
             elif not extra:
-                warn("no --vggface FILE, so the content loss lacks its VGGFace term and identity will "
-                     "suffer; the file is vgg-face.mat, published by MatConvNet")
+                warn("without --vggface FILE the content loss has no VGGFace term, so people will be less "
+                     "recognisable; MatConvNet publishes the file as vgg-face.mat")
         elif kind == "squeeze":
             self.terms.append(squeezenet_features(SQUEEZE_WEIGHT))
         self.requires_grad_(False).eval()
@@ -106,14 +107,14 @@ IMAGENET_STD = [255 * s for s in (0.229, 0.224, 0.225)]
 
 
 class Features(nn.Module):
-    """A fixed network that returns the activations of `layers`, fed with (pixels * 255 - mean) / std."""
+    """A fixed network that returns the activations of `layers`. Its input is (RGB levels - mean) / std."""
 
     def __init__(self, net, layers, mean, std, weight):
         super().__init__()
         self.net, self.layers, self.weight = net[:max(layers) + 1], layers, weight
         for module in self.net:
             if isinstance(module, nn.ReLU):
-                module.inplace = False  # an in-place ReLU would overwrite the activation we return
+                module.inplace = False  # it would overwrite the activation that we return
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -130,10 +131,10 @@ class Features(nn.Module):
 # ---------------------------------------------------------------------------------- VGG19 and VGGFace
 
 def vgg19_features(path, weight):
-    """VGG19 from MatConvNet's file, or torchvision's where path is None.
+    """VGG19 from MatConvNet's file, or torchvision's if path is None.
 
-    torchvision's sees inputs about 58 times smaller than Caffe's. The weight 0.15 makes sense on Caffe's
-    scale only, so it is multiplied by that much: a guess, made for all layers alike.
+    torchvision's VGG19 takes inputs that are about 58 times smaller than Caffe's. The paper's weight of 0.15
+    belongs to Caffe's scale, so it is multiplied by 58. That this is right for all layers is a guess.
     """
     if path:
         return matconvnet_features(path, "E", VGG19_LAYERS, weight)
@@ -149,7 +150,10 @@ def vggface_features(path, weight):
 
 
 def matconvnet_features(path, letter, layers, weight):
-    """A Caffe-trained VGG (torchvision's letter E: VGG19, D: VGG16, which VGGFace is) as Features."""
+    """A VGG that was trained in Caffe, as Features.
+
+    letter: torchvision's name of the architecture: E is VGG19, D is VGG16, which VGGFace is.
+    """
     from torchvision.models.vgg import cfgs, make_layers
     net = make_layers(cfgs[letter])[:max(layers) + 1]
     tensors, mean = read_matconvnet(path)
@@ -166,8 +170,8 @@ def matconvnet_features(path, letter, layers, weight):
 def read_matconvnet(path):
     """A MatConvNet .mat file -> ([(filters (out, in, H, W), bias (out,))] of the conv layers, mean (3,)).
 
-    Its networks were converted from Caffe and expect RGB, 0-255, minus the mean. UserError on other
-    files. Read in a process of its own: on some damaged files scipy does not raise but crashes.
+    These networks were converted from Caffe and expect RGB levels of 0 to 255 minus the mean. The file is
+    read in a process of its own, because some damaged files crash scipy. Raises UserError on other files.
     """
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
@@ -176,7 +180,8 @@ def read_matconvnet(path):
             layers, mean = pool.submit(_matconvnet_arrays, path).result()
         layers = [tuple(torch.as_tensor(w, dtype=torch.float32) for w in layer) for layer in layers]
         mean = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 3).mean(0)
-        # H x W x in x out. Axes of length 1 are gone, which only the classifier's layers had: not needed
+        # Filters are stored as (H, W, in, out). squeeze_me has removed axes of length 1, which only the
+        # layers of the classifier have, and they are not needed.
         layers = [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4]
         return layers, mean
     except Exception as e:  # scipy raises many types on foreign or damaged files
@@ -186,7 +191,7 @@ def read_matconvnet(path):
 
 
 def _matconvnet_arrays(path):
-    from scipy.io import loadmat  # arrives with face-alignment; only this function needs it
+    from scipy.io import loadmat  # installed with face-alignment; only this function needs it
     mat = loadmat(path, squeeze_me=True, struct_as_record=False)
     meta = mat.get("meta")
     normalization = meta.normalization if meta is not None else mat["normalization"]  # newer, older
@@ -204,12 +209,12 @@ def squeezenet_features(weight):
 
 
 def download(weights, otherwise):
-    """The `features` part of torchvision weights, from torch hub's cache folder or the network."""
+    """The `features` part of torchvision weights, from torch hub's cache folder or by download."""
     name = os.path.basename(weights.url)
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
     except (urllib.error.URLError, OSError, RuntimeError) as e:
-        raise UserError(f"cannot download {name} ({e}): put it into {folder} yourself, "
+        raise UserError(f"cannot download {name} ({e}): put the file into {folder}, "
                         f"or use {otherwise}") from None
     return {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}

@@ -1,13 +1,13 @@
 """Stage 1, Sec. 3.2: meta-learning of E, G and D on a prepared folder of many people's videos.
 
-    torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta   # the paper, 8 GPUs
+    torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta   # as in the paper, on 8 GPUs
     python meta_train.py --toy                                  # drawn heads, minutes on a CPU
     python meta_train.py --small --data prepared                # real people, hours on a CPU
-    python meta_train.py ... --resume                           # go on after a stop, exactly
+    python meta_train.py ... --resume                           # continue a run that was stopped, exactly
 
-Writes to --out: step-N.pt (what finetune.py and infer.py read), step-N.rank-R.state (for --resume),
-log.csv and samples-N.png (rows of source, landmarks, target, result). The defaults are the paper's;
-its content loss needs --vgg19 and --vggface, without which it is another (losses.ContentLoss).
+Writes to --out: step-N.pt (which finetune.py and infer.py read), step-N.rank-R.state (for --resume),
+log.csv, and samples-N.png (a row for each example: source, landmarks, target, result). The defaults are the
+paper's. Its content loss needs --vgg19 and --vggface; losses.ContentLoss tells what happens without them.
 """
 import copy
 import math
@@ -35,27 +35,27 @@ from runtime.files import UserError, atomic, check_idle, check_least, check_path
 from runtime.resume import (LOG_EVERY, Log, Signals, Training, any_rank, check_finite, clear, find_ranks,
                             join_ranks, open_run, restore, save_step)
 
-# A training is one of these dictionaries and the flags that change it.
+# A training is one of these dictionaries, changed by flags.
 PAPER = dict(
     out="runs/meta", save_every=1000, steps=None,
     image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 4, A.4
     lr=5e-5, lr_d=2e-4, content="vgg", match_weight=10.0,               # Sec. 3.4
-    # All below is ours, and the paper does without it:
-    content_weight=1.0,     # of the whole content loss, beside the others
-    face_weight=0.0,        # of dlib's recognition network in the content loss, where there is no VGGFace
-    vector_weight=1.0,      # in that term, of the last layer, which says who it is, beside 1 of each other
-    ema=0.0,                # checkpoints hold a moving average of E and G with this decay
-    augment=False,          # episodes are recoloured, and half of them mirrored
+    # Everything below is ours, and off unless --small or --toy turns it on:
+    content_weight=1.0,     # the factor of the whole content loss
+    face_weight=0.0,        # of dlib's recognition network, which replaces VGGFace where its file is missing
+    vector_weight=1.0,      # in that term, the weight of the network's last output; the others have 1
+    ema=0.0,                # the decay of the moving average of E and G that checkpoints hold
+    augment=False,          # recolour episodes, and mirror half of them
     stills=0.0,             # the share of episodes that are made of one frame, warped K + 1 times
-    psi_gain=1.0,           # psi_hat = psi_gain * P e_hat, because spectral normalisation holds |P| at 1
-    finetune_lr=1e-4, finetune_lr_d=4e-4,       # where the rates of our fine-tuning begin
+    psi_gain=1.0,           # psi_hat = psi_gain * P e_hat, because spectral normalisation keeps |P| at 1
+    finetune_lr=1e-4, finetune_lr_d=4e-4,       # the first learning rates of our fine-tuning
     finetune_content="vgg",                     # the content loss of fine-tuning
-    lips=1.0)               # how much farther apart beyond/adapt.py draws lips
+    lips=1.0)               # the factor by which beyond/adapt.py opens the lips farther than the driver's
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
     finetune_lr=6e-4, finetune_lr_d=6e-4, finetune_content="l1")
-SMALL = PAPER | dict(       # what the bundled checkpoint was trained with, see weights/MODEL_CARD.md
+SMALL = PAPER | dict(       # the training of the bundled checkpoint, see weights/MODEL_CARD.md
     out="runs/small", save_every=150,
     channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,
     content_weight=0.3, face_weight=10.0, vector_weight=6.0,
@@ -66,17 +66,17 @@ SMALL = PAPER | dict(       # what the bundled checkpoint was trained with, see 
 # ----------------------------------------------------------------------------------------- the algorithm
 
 def make_optimizers(E, G, D, config):
-    """One for E and G, one for D: with beta1 = 0, Adam leaves rows of W that are not drawn as they are."""
+    """-> Adam for E and G, Adam for D. With beta1 = 0, rows of W that are not drawn do not change."""
     fused = D.w0.is_cuda
     return (torch.optim.Adam([*E.parameters(), *G.parameters()], config.lr, BETAS, fused=fused),
             torch.optim.Adam(D.parameters(), config.lr_d, BETAS, fused=fused))
 
 
 def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
-    """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], the target frame t first.
+    """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], with the target frame t first.
 
-    content: a ContentLoss.  match_weight: of L_MCH; 0 for the FF variant.
-    Returns what is logged, by its name: scalar tensors.
+    content: a ContentLoss.  match_weight: the weight of L_MCH, which is 0 for the FF variant.
+    Returns what is logged: {name: scalar tensor}.
     """
     optimizer_EG, optimizer_D = optimizers
     x_t, y_t = x[:, 0], y[:, 0]                                 # (B, 3, S, S)
@@ -123,7 +123,7 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
 
 
 def set_rates(optimizers, config, left):
-    """left: the share of the run that is left, 1 to 0, by which the rates have fallen."""
+    """Set the rates to this share of config's. left: the share of the run that is left, from 1 to 0."""
     for optimizer, rate in zip(optimizers, (config.lr, config.lr_d)):
         for group in optimizer.param_groups:
             group["lr"] = rate * left
@@ -131,7 +131,7 @@ def set_rates(optimizers, config, left):
 
 @torch.no_grad()
 def sample_grid(path, E, G, episodes, device, rows=8):
-    """A PNG with a row per episode: source s_1, landmarks y(t), target x(t), result x_hat(t)."""
+    """Write a PNG with a row for each episode: source s_1, landmarks y(t), target x(t), result x_hat(t)."""
     _, x, y = zip(*(episodes[n] for n in range(rows)))
     x, y = to_float(torch.stack(x), device), to_float(torch.stack(y), device)   # (rows, K+1, 3, S, S)
     modes = E.training, G.training
@@ -153,36 +153,36 @@ def parse():
     add = parser.add_argument_group("the paper's").add_argument
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--out", metavar="DIR", help=f"folder of this run ({PAPER['out']})")
-    add("--epochs", type=int, help="of as many episodes as there are videos (75; with --no-match 150)")
+    add("--epochs", type=int, help="each with as many episodes as there are videos (75; with --no-match 150)")
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, help="episodes per step, over all ranks (48)")
     add("--K", type=int, help="frames per episode that the embedder sees (8)")
     add("--image-size", type=int, help="64, 128, 256 or 512 (256)")
     add("--channels", type=int, nargs="+", metavar="C",
-        help="of the blocks of G's encoder; the last is also the size of an embedding (64 128 256 512)")
+        help="output widths of G's encoder; the last is also the size of an embedding (64 128 256 512)")
     add("--lr", type=float, help="learning rate of E and G (5e-5)")
     add("--lr-d", type=float, help="learning rate of D (2e-4)")
     add("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (vgg)")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, as in the paper")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat")
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
-    add("--save-every", type=int, metavar="N", help="steps between checkpoints, of which two stay (1000)")
-    add("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints; two are kept (1000)")
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0, help="of the networks and the data (0)")
     add = parser.add_argument_group("ours").add_argument
     add("--toy", action="store_true", help="drawn heads and small networks: the defaults of TOY in this file")
-    add("--small", action="store_true", help="as the bundled checkpoint: the defaults of SMALL in this file")
+    add("--small", action="store_true", help="real people, small networks: the defaults of SMALL")
     add("--content-weight", type=float, metavar="WEIGHT",
-        help="of the content loss beside the others; less of it gives more weight to D (1)")
-    add("--linear-decay", action="store_true", help="let both rates fall linearly to 0 over the run")
+        help="the factor of the content loss; a smaller one gives D more influence (1)")
+    add("--linear-decay", action="store_true", help="let both learning rates fall linearly to 0 over the run")
     add("--grow-from", metavar="FILE",
         help="start from a step-N.pt of the same sizes, or of half the image size without the first channel")
-    add("--fix-embedder", action="store_true", help="with --grow-from: E stays as it is (beyond/teach.py)")
+    add("--fix-embedder", action="store_true", help="with --grow-from: do not train E (see beyond/teach.py)")
     first, _ = parser.parse_known_args()
     if first.toy and first.small:
-        raise UserError("--toy and --small exclude each other: name one of them")
+        raise UserError("--toy and --small exclude each other: use one of them")
     if first.epochs is not None and first.steps is not None:
-        raise UserError("--epochs and --steps exclude each other: name one of them")
+        raise UserError("--epochs and --steps exclude each other: use one of them")
     parser.set_defaults(**TOY if first.toy else SMALL if first.small else PAPER)
     args = parser.parse_args()
     if args.epochs is None:
@@ -197,7 +197,7 @@ def check(args):
     check_paths([args.vgg19, args.vggface, args.grow_from])
     check_least(args, 0, "seed")
     if args.fix_embedder and not args.grow_from:
-        raise UserError("--fix-embedder: from which checkpoint? --grow-from is needed")
+        raise UserError("--fix-embedder needs --grow-from, because an untrained E should not stay as it is")
     if args.toy:
         check_idle(args, "--toy draws its own heads", "data")
     args.data = args.data or "prepared"
@@ -206,14 +206,14 @@ def check(args):
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "content_weight"):
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: more than 0 is needed")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be more than 0")
 
 
 def find_data(args, rank, world):
-    """-> the run's Config, the episodes of this rank, eight more for the sample grids, the steps to take."""
+    """-> the run's Config, this rank's episodes, eight others for the sample grids, the number of steps."""
     slots, rest = divmod(args.batch, world)
     if rest:
-        raise UserError(f"--batch {args.batch} cannot be shared evenly by {world} ranks")
+        raise UserError(f"--batch {args.batch} cannot be divided evenly among {world} ranks")
     if args.toy:
         videos, shown = ToyHeads(1000, args.image_size), ToyHeads(8, args.image_size, first=1000)
     else:
@@ -230,7 +230,7 @@ def find_data(args, rank, world):
 
 
 def run_facts(args, videos, steps, world):
-    """What makes this run another than one with other flags, beside its Config: --resume compares it."""
+    """What, beside its Config, identifies this run. --resume refuses to continue a run with other facts."""
     names = ("seed", "batch", "K", "content", "content_weight", "match_weight", "face_weight",
              "vector_weight", "ema", "augment", "stills", "psi_gain", "fix_embedder")
     file_name = lambda path: path and Path(path).name
@@ -240,13 +240,13 @@ def run_facts(args, videos, steps, world):
 
 
 def make_networks(config, rows, seed, rank, device):
-    """E, G, D: under one seed equal on every rank, but for D's W, which is a rank's own."""
+    """-> E, G, D. They are equal on every rank, except for W, of which every rank has its own rows."""
     layout = dict(device=device, memory_format=torch.channels_last)  # a quarter faster
     torch.manual_seed(seed)
     E = Embedder(config).to(**layout)
     G = Generator(config).to(**layout)
     D = Discriminator(replace(config, num_videos=rows)).to(**layout)
-    torch.manual_seed(seed + 1 + rank)  # only now do the ranks part
+    torch.manual_seed(seed + 1 + rank)  # from here on the ranks differ
     D.reset_rows()
     return E, G, D
 
@@ -267,11 +267,11 @@ def main():
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
 
-    # networks: E and G are the same on every rank, D is each rank's own
+    # networks: E and G stay the same on every rank, each rank trains a D of its own
     E, G, D = make_networks(config, episodes.rows, args.seed, rank, device)
     G.P.gain.fill_(args.psi_gain)
     optimizers = make_optimizers(E, G, D, config)
-    averages = (copy.deepcopy(E), copy.deepcopy(G)) if args.ema else (E, G)     # what checkpoints hold
+    averages = (copy.deepcopy(E), copy.deepcopy(G)) if args.ema else (E, G)     # checkpoints hold them
 
     # resume
     training = Training(args.out, config, facts, (E, G, D), averages, optimizers, rank, world, device)
@@ -289,8 +289,8 @@ def main():
     if device.type == "cuda":
         for net in (E, G, D.V):
             net.compile()
-    # A.4: gradients are reduced "only for the generator and the embedder". The buffers need no broadcast,
-    # because equal weights make equal power iterations.
+    # A.4: gradients are reduced "only for the generator and the embedder". Buffers need no broadcast, because
+    # the power iterations of equal weights are equal.
     E_ddp = DDP(E, broadcast_buffers=False) if world > 1 and not args.fix_embedder else E
     G_ddp = DDP(G, broadcast_buffers=False) if world > 1 else G
 
@@ -304,7 +304,7 @@ def main():
             values = train_step(E_ddp, G_ddp, D, content, optimizers, row, x, y, match_weight)
             if args.ema:
                 update_average(averages, (E, G), average_decay(args.ema, step))
-            ask = world == 1 or step % 10 == 0      # the ranks meet to agree on it, so not in every step
+            ask = world == 1 or step % 10 == 0      # ranks have to agree, which would slow down every step
             stopping = ask and any_rank([bool(signals.came)], world, device)[0]
             saving = step % args.save_every == 0 or step == steps or stopping
             if saving or step % LOG_EVERY == 0:
@@ -323,7 +323,7 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if stopping and step < steps:
-        signals.leave(f"stopped at step {step} of {steps}, saved in {args.out}: go on with --resume")
+        signals.leave(f"stopped at step {step} of {steps}, saved in {args.out}: continue with --resume")
 
 
 if __name__ == "__main__":

@@ -17,24 +17,23 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 
-
 @dataclass
 class Config:
-    """The sizes of the networks, and what later stages must know of the training. Checkpoints hold it.
+    """The sizes of the networks, and what later stages must know about the training. Checkpoints store it.
 
-    The defaults are the paper's (Sec. 3.4, A.4). ValueError where sizes do not fit together.
+    The defaults are the paper's (Sec. 3.4, A.4). Raises ValueError if the sizes do not fit together.
     """
     image_size: int = 256                   # S: 64, 128, 256 or 512
     channels: tuple = (64, 128, 256, 512)   # output widths of G's encoder, one per halving; the last is N
-    num_videos: int = 0                     # rows of W; D is built with the number that its rank owns
-    landmarks: str = "fan"                  # the detector that the training data was made with: fan | dlib
+    num_videos: int = 0                     # training videos, each of which has a row of W
+    landmarks: str = "fan"                  # the landmark detector of the training data: fan | dlib
     content: str = "vgg"                    # the content loss: vgg | squeeze | l1
     match: bool = True                      # False: the FF variant, trained without the match loss
-    lr: float = 5e-5                        # of E and G; constant in the paper's fine-tuning, too
-    lr_d: float = 2e-4                      # of D; likewise
-    finetune_lr: float = 1e-4               # ours: where the rates of our fine-tuning begin, of G ...
-    finetune_lr_d: float = 4e-4             # ... and of D
-    lips: float = 1.0                       # ours: lips are drawn so much farther apart than the driver's
+    lr: float = 5e-5                        # learning rate of E and G, which the paper keeps in fine-tuning
+    lr_d: float = 2e-4                      # learning rate of D, likewise
+    finetune_lr: float = 1e-4               # ours: the first learning rate of G in our fine-tuning ...
+    finetune_lr_d: float = 4e-4             # ... and that of D; both fall to 0
+    lips: float = 1.0                       # ours: by how much the driver's lips are spread
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
@@ -67,12 +66,12 @@ class Config:
 # ------------------------------------------------------------------------------------- blocks
 
 def conv(c_in, c_out, size):
-    """A convolution that keeps the resolution, under spectral norm, as all layers (Sec. 3.4)."""
+    """A convolution that keeps the resolution, with spectral normalisation as in all layers (Sec. 3.4)."""
     return spectral_norm(nn.Conv2d(c_in, c_out, size, padding=size // 2))
 
 
 class SelfAttention(nn.Module):
-    """SAGAN's self-attention [44] in BigGAN's form [6]; gamma = 0 at first: the identity."""
+    """SAGAN's self-attention [44] in BigGAN's form [6]. With gamma = 0, at first, it is the identity."""
     def __init__(self, c):
         super().__init__()
         self.query, self.key = conv(c, c // 8, 1), conv(c, c // 8, 1)
@@ -89,11 +88,12 @@ class SelfAttention(nn.Module):
 
 
 def adain(x, psi):
-    """Adaptive instance norm [14]. x (B, C, H, W), psi (B, 2C): the C gammas, then the C betas.
+    """Adaptive instance normalisation [14]: (1 + gamma) * instance_norm(x) + beta.
 
-    1 + gamma, not gamma: under spectral norm psi = P e starts near zero and would kill the signal.
+    x (B, C, H, W); psi (B, 2C) holds the C gammas, then the C betas. The factor is 1 + gamma, because
+    psi = P e starts near zero under spectral normalisation, and gamma alone would suppress the signal.
     """
-    # (1 + gamma) * F.instance_norm(x) + beta, as batch norm of one image of B C channels: a tenth faster in G
+    # Written as the batch normalisation of one image with B C channels, which makes G a tenth faster.
     gamma, beta = psi.chunk(2, dim=1)                           # (B, C), (B, C)
     h = x.flatten(0, 1)[None]                                   # (1, BC, H, W)
     h = F.batch_norm(h, None, None, (1 + gamma).flatten(), beta.flatten(), training=True)
@@ -101,10 +101,10 @@ def adain(x, psi):
 
 
 class DownBlock(nn.Module):
-    """Pre-activated residual block of E, V and G's encoder (A.4); down=True halves the resolution.
+    """Pre-activated residual block of E, V and G's encoder (A.4).
 
-    first: the input is a picture, so that no ReLU stands before the first convolution.
-    norm: with affine instance norm, as in G's encoder.
+    first: whether its input is a picture, which gets no ReLU before the first convolution.
+    norm: whether it has affine instance normalisation, as in G's encoder.  down: halve the resolution.
     """
 
     def __init__(self, c_in, c_out, first=False, norm=False, down=True):
@@ -116,17 +116,17 @@ class DownBlock(nn.Module):
         self.skip = conv(c_in, c_out, 1) if down else nn.Identity()
 
     def forward(self, x):                                       # (B, C_in, H, W)
-        h = x if self.first else F.relu(self.norm1(x))  # never in place: the skip needs x as it was
+        h = x if self.first else F.relu(self.norm1(x))  # not in place, because the skip needs x
         h = self.conv1(h)                                       # (B, C_out, H, W)
         h = self.conv2(F.relu(self.norm2(h), inplace=True))     # (B, C_out, H, W)
         if self.down:
             h = F.avg_pool2d(h, 2)                              # (B, C_out, H/2, W/2)
-            x = F.avg_pool2d(x, 2)  # before the 1x1 skip: the same for a quarter of the work
+            x = F.avg_pool2d(x, 2)  # pooling commutes with the 1x1 skip, which then costs a quarter
         return self.skip(x) + h                                 # (B, C_out, H/2, W/2)
 
 
 class AdaBlock(nn.Module):
-    """Residual block of G with AdaIN; up=True: upsampled before the first convolution, as in BigGAN [6]."""
+    """Residual block of G with AdaIN. up: upsample before the first convolution, as BigGAN [6] does."""
 
     def __init__(self, c_in, c_out, up=False):
         super().__init__()
@@ -140,39 +140,39 @@ class AdaBlock(nn.Module):
         h = upsample_conv(h, self.conv1) if self.up else self.conv1(h)  # (B, C_out, 2H, 2W)
         h = F.relu(adain(h, psi2), inplace=True)    # (B, C_out, 2H, 2W)
         h = self.conv2(h)                                       # (B, C_out, 2H, 2W)
-        x = self.skip(x)            # before upsampling: the same for a quarter of the work
+        x = self.skip(x)            # it commutes with upsampling, too
         if self.up:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear")     # (B, C_out, 2H, 2W)
         return h + x                                            # (B, C_out, 2H, 2W)
 
 
 def upsample_conv(h, layer):
-    """layer(bilinear upsampling of h by 2), for less than half of the work.
+    """Upsample h bilinearly by 2 and convolve it with this layer, in less than half of the time of the two.
 
-    Bilinear upsampling is nearest upsampling followed by a [1 2 1]/4 blur in both directions. The blur may as
-    well come after the convolution, which makes a difference in the two outermost pixels only; and nearest
-    upsampling and convolution together are one transposed convolution.
+    Bilinear upsampling is nearest-neighbour upsampling followed by a [1 2 1]/4 blur in both directions. The
+    blur can come after the convolution, because only the two outermost pixels differ then; and
+    nearest-neighbour upsampling followed by a convolution is one transposed convolution.
     """
-    k = layer.weight    # read once: each look is a step of power iteration; 4x4 if folded
-    k = transposed_kernel(k) if k.shape[-1] == 3 else k
+    k = layer.weight    # read once, because each access runs a step of the power iteration
+    k = transposed_kernel(k) if k.shape[-1] == 3 else k         # fold() has stored the 4x4 kernel already
     h = F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)       # (B, C_out, 2H, 2W)
     return blur(h)                                                      # (B, C_out, 2H, 2W)
 
 
 def transposed_kernel(weight):
-    """(C_out, C_in, 3, 3) -> (C_in, C_out, 4, 4): the kernel of nearest upsampling and convolution in one.
+    """The kernel that does nearest-neighbour upsampling and this convolution in one.
 
-    Pixel i of the small image stands for pixels 2i and 2i + 1 of the large one: so it is the sum of
-    the flipped 3x3 kernel at the two offsets, 0 and 1, in both directions.
+    (C_out, C_in, 3, 3) -> (C_in, C_out, 4, 4). Pixel i of the small image becomes pixels 2i and 2i + 1 of the
+    large one, so the kernel is the sum of the flipped 3x3 kernel at offsets 0 and 1 in both directions.
     """
     k = weight.flip(2, 3).transpose(0, 1)                       # (C_in, C_out, 3, 3)
     return sum(F.pad(k, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
 
 
 def blur(h):
-    """The [1 2 1]/4 blur in both directions. The border is repeated, because zeros would darken it."""
+    """Blur with [1 2 1]/4 in both directions. The border is replicated, because zeros would darken it."""
     k = torch.tensor([0.25, 0.5, 0.25], device=h.device, dtype=h.dtype)
-    k = (k[:, None] * k).expand(h.shape[1], 1, 3, 3)            # (C, 1, 3, 3): each channel by itself
+    k = (k[:, None] * k).expand(h.shape[1], 1, 3, 3)            # (C, 1, 3, 3), for each channel by itself
     return F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), k, groups=h.shape[1])     # (B, C, H, W)
 
 
@@ -238,20 +238,20 @@ class Generator(nn.Module):
         self.attention_up_after = 2                     # in the decoder at 4 times the bottleneck: 64x64
         self.attention_up = SelfAttention(up[2])
 
-        # One linear layer for every gamma and beta (A.4), in the order in which render() uses them: two
+        # One linear layer gives every gamma and beta (A.4), in the order in which render() uses them: two
         # slices for each block of the bottleneck, two for each block of the decoder, one for the final AdaIN.
-        # It has a bias: what all people have in common need not pass through P e, whose norm under spectral
-        # normalisation is left for the differences between people.
+        # It has a bias for what all people have in common, because spectral normalisation limits the norm of
+        # P e, which is then left for the differences between people.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056
         nn.init.zeros_(self.P.bias)
-        # ours: fixed numbers that beyond/teach.py sets, 0 and 1 in the paper
-        self.P.register_buffer("mean", torch.zeros(N))          # of e over people
-        self.P.register_buffer("gain", torch.ones(()))          # spectral normalisation holds |P| at 1
+        # ours: constants that beyond/teach.py sets. With 0 and 1 this is the paper's P.
+        self.P.register_buffer("mean", torch.zeros(N))          # the mean of e over people
+        self.P.register_buffer("gain", torch.ones(()))          # spectral normalisation keeps |P| at 1
 
     def project(self, e):
-        """psi_hat = P e_hat: (B, N) -> (B, |psi_hat|), what makes the person (Sec. 3.1)."""
-        with torch.autocast(e.device.type, enabled=False):      # gamma is small beside 1: float32
+        """psi_hat = P e_hat, the person-specific parameters (Sec. 3.1): (B, N) -> (B, |psi_hat|)."""
+        with torch.autocast(e.device.type, enabled=False):      # float32, because gamma is small beside 1
             return self.P.gain * self.P(e - self.P.mean)
 
     def render(self, y, psi_hat):
@@ -275,8 +275,8 @@ class Generator(nn.Module):
         return self.render(y, self.project(e))                  # (B, 3, S, S)
 
     def fold(self):
-        """Put spectral norm and upsampling into the weights, for inference. Returns self."""
-        self.eval()  # in eval mode the power iteration stands still
+        """Fold spectral normalisation and upsampling into the weights, for inference. Returns self."""
+        self.eval()  # so that reading the weights does not run the power iteration
         for module in list(self.modules()):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -286,10 +286,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D of eq. 5 and eq. 8, the same function of w: D(x, y, w) = V(x, y)^T w + b.
+    """D of eq. 5 and eq. 8, which are the same function of w: D(x, y, w) = V(x, y)^T w + b.
 
     Meta-learning calls it with w = D.rows(i) + D.w0 (eq. 5), fine-tuning with w = w' (eq. 8).
-    W (num_videos, N): one row per training video that this rank owns (a column in the paper).
+    W (num_videos, N) has a row for each training video of this rank. In the paper they are columns.
     """
 
     def __init__(self, cfg):
@@ -302,8 +302,9 @@ class Discriminator(nn.Module):
         self.reset_rows()
 
     def reset_rows(self):
-        # where embeddings are, which end in a ReLU: around zero, L_MCH would pull them below it, where
-        # no gradient is. And of little spread: what a row starts with is noise to L_MCH
+        # The rows start where embeddings are, which are positive because they end in a ReLU: if W were
+        # around zero, L_MCH would pull the embeddings to where the ReLU has no gradient. The spread is
+        # small, because to L_MCH the initial differences between rows are noise.
         nn.init.uniform_(self.W, 0.4, 0.6)
 
     def rows(self, i):

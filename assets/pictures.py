@@ -31,7 +31,7 @@ POSES, CELL = (0, 40, 90, 120, 160, 180), 192   # frames of the strip, and the p
 
 
 def main():
-    device, face = default_device(), load_face3d()
+    device, face3d = default_device(), load_face3d()
     state = load_checkpoint(CHECKPOINT, device)
     config, size = state["config"], state["config"].image_size
     content, detect = ContentLoss(config.content, extra=FaceTerm()), landmark_detector(config.landmarks)
@@ -41,10 +41,10 @@ def main():
     columns, rows = [drawings[SHOWN]], [[blank, *drawings[list(POSES)]]]
     for name in PEOPLE:
         photos = load_photos([str(ASSETS / name)], config, detect)
-        source = describe([photo.points for photo in photos], face)
+        source = describe([photo.points for photo in photos], face3d)
         G, psi, _ = learn_person(state, photos, content, EPOCHS, device)
         for motion in ("paper", "absolute", "relative"):
-            points = adapt(track, source, motion, size, face, config.lips)
+            points = adapt(track, source, motion, size, face3d, config.lips)
             first = photos[0].frames[0] if motion == "paper" else blank
             rows.append([first, *render(G, psi, points[list(POSES)], size)])
         columns.append(np.stack(list(render(G, psi, points[SHOWN], size))))     # relative, the default

@@ -257,7 +257,7 @@ def command(monkeypatch, tmp_path, checkpoint):
 
 
 def drivers(model):
-    """Write the tracks of a talking driver, of one frame, and of a driver who looks aside."""
+    """Write the tracks of a talking driver, of one frame, and of a driver who looks to the side."""
     save_track("driver.npz", track(talk(model)[0][:12]))
     save_track("one.npz", track(talk(model)[0][:1]))
     pose = np.tile([0.6, 0, 0, np.log(80), 128, 128], (12, 1))
@@ -282,7 +282,7 @@ def test_a_photo_and_its_person_file_give_the_same_result(command, model, capsys
     command("--person", "p.pt", "--driver", "one.npz")
     assert "one frame" in capsys.readouterr().out
     command("--person", "p.pt", "--driver", "aside.npz")
-    assert "looks aside by about" in capsys.readouterr().err
+    assert "driver's face is turned by about" in capsys.readouterr().err
 
 
 def test_views_need_no_driver(command):

@@ -234,7 +234,7 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
                 "made_up": torch.tensor([0.0, 0.101, 0.1]), "detector": "dlib"}, tmp_path / "a.pt")
     videos = data.PreparedVideos(tmp_path)
     assert videos.count(0) == 3 and videos.usable(0).tolist() == [0, 2]     # at most a tenth is made up
-    maps = Path("/proc/self/maps")      # the system allows 65,530 of them, and VoxCeleb2 has 145,112 sequences
+    maps = Path("/proc/self/maps")      # Linux allows 65,530 of them, and VoxCeleb2 has 145,112 sequences
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
     frames, points = videos.load(0, [2, 0])
     assert np.abs(frames[0].astype(int) - pairs[2][0]).mean() < 6

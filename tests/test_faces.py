@@ -308,7 +308,7 @@ def test_shut_eyes_are_told_and_open_ones_come_first(detect, monkeypatch, capsys
         found = [[round(float(o), 2) for o in finetune.eye_opening(photo.points)] for photo in photos]
         return found, capsys.readouterr().err.splitlines()
     shut = "warning: the eyes in {} are shut, or nearly so; a photo with open eyes looks better".format
-    first = "warning: pose and expression are those of {}, because the eyes in a.jpg are shut".format
+    first = "warning: pose and expression are taken from {}, because the eyes in a.jpg are shut".format
     assert load("b.jpg", "c.jpg") == ([[0.3], [0.25]], [])              # the user's order, where it is good
     assert load("a.jpg") == ([[0.1]], [shut("a.jpg")])
     assert load("a.jpg", "b.jpg", "c.jpg") == ([[0.3], [0.1], [0.25]], [shut("a.jpg"), first("b.jpg")])

@@ -38,7 +38,7 @@ def grown(tmp_path, old_size, channels, first):
     (64, (16, 16, 32), 16), (64, (16, 16, 32), 24), (64, (16, 16, 32), 8), (128, (16, 16, 16, 32), 16),
     (256, (16, 16, 16, 16, 32), 16)])
 def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_size, channels, first):
-    """E, V and P start as they were, on the halved pictures; G begins with nearly the old picture, enlarged."""
+    """On halved pictures, E, V and P compute what they did. G first draws the old picture, enlarged."""
     small, large = grown(tmp_path, old_size, channels, first)
     frames, points = ToyHeads(4, old_size).load(0, range(4))
     x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, S, S)

@@ -174,7 +174,7 @@ def test_the_optimizers_hold_every_parameter_once_at_the_papers_rates():
 
 
 def test_rows_of_W_are_trained_by_adam():
-    """Against a dense Adam by hand, in steps that draw a row once, twice and never; D is updated twice each."""
+    """Compare it with a dense Adam by hand, in steps that draw a row once, twice and never."""
     cfg, E, G, D = networks(num_videos=5)
     optimizers = make_optimizers(E, G, D, cfg)
     W, v, n, gradients = D.W.detach().clone(), torch.zeros_like(D.W), 0, []

@@ -10,12 +10,12 @@ from PIL import Image
 
 import infer
 from beyond.likeness import other_poses
+from beyond.portrait import LUMINANCE
 from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
 from conftest import (PHOTO, ROOT, TINY_FLAGS, fail, here, networks, same, script, succeed, tensors,
                       write_clip)
 from data import to_float, to_tensors
-from beyond.portrait import LUMINANCE
 from finetune import embed, finetune, learn_person
 from losses import ContentLoss
 from media.decode import read_video, to_rgb
@@ -146,7 +146,7 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     said = succeed("infer.py", "--person", "p.pt", "--driver", clip, "--compare",
                    "--save-track", "t.npz", cwd=tmp_path)
     assert "no face in 2 of 20 frames" in said and "20 frames" in said
-    assert "the driver is the same person" in said
+    assert "the driver shows the same person" in said
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(clip)) as driver:
         stamps = [[float(f.pts * f.time_base) for f in c.decode(video=0)] for c in (result, driver)]
         assert stamps[0] == pytest.approx(stamps[1], abs=1e-6)                  # variable frame rate included
@@ -190,8 +190,9 @@ def test_ctrl_c_says_how_the_next_run_can_start(tmp_path, checkpoint, clip, monk
         return result.stderr.splitlines()[-1]
     photo = ["--photo", PHOTO, "--checkpoint", checkpoint, "--feed-forward", "--driver", clip]
     lost = "--save-person FILE and --save-track FILE"
-    assert said(*photo) == f"stopped: with {lost} the next run would not have to begin anew"
-    kept = "stopped: the next run can start with --person p.pt --driver t.npz (which has no sound)"
+    assert said(*photo) == f"stopped: add {lost} to keep what a run has done"
+    kept = ("stopped: start the next run with --person p.pt --driver t.npz (which has no sound) to "
+            "continue from here")
     assert said(*photo, "--save-person", "p.pt", "--save-track", "t.npz") == kept
     assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # as it has just done
 
@@ -260,7 +261,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(checkpoint="format.pt"), "format 99, and this version reads format 2"),
     (dict(checkpoint="config.pt"), "does not fit its own config"),
     (dict(checkpoint="ff.pt"), "without the match loss"),
-    (dict(checkpoint="vgg.pt"), "put it into"),
+    (dict(checkpoint="vgg.pt"), "put the file into"),
     (dict(out="nowhere/result.mp4"), "no folder nowhere"),
     (dict(out="full"), "it is a folder"),
 ])
@@ -291,26 +292,26 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["infer.py", "--person", "CHECKPOINT", "--driver", "dark.mp4", "--feed-forward"],
      "leave out --feed-forward"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "CHECKPOINT", "--vggface", "text.jpg"],
-     "are for --content vgg"),
+     "belong to --content vgg"),
     (["infer.py", "--photo", "copy.png", "--views", "--compare", "--motion", "paper"],
      "leave out --motion, --compare"),
     (["infer.py", "--person", "p.pt", "--driver", "dark.mp4", "--checkpoint", "vgg.pt", "--content", "l1"],
-     "--person brings a finished person: leave out --checkpoint, --content"),
+     "--person is a finished person: leave out --checkpoint, --content"),
     (["infer.py", "--photo", "copy.png", "--views", "--feed-forward", "--as-paper", "--vgg19", "x"],
-     "--feed-forward leaves fine-tuning out: leave out --as-paper, --vgg19"),
+     "--feed-forward does not fine-tune: leave out --as-paper, --vgg19"),
     (["evaluate.py", "--toy", "--timing", "--ablation", "--out", "x"], "leave out --out, --ablation"),
     (["evaluate.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
     (["meta_train.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
     (["meta_train.py", "--toy", "--steps", "3", "--epochs", "2"], "--epochs and --steps exclude each other"),
-    (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "end it in .npz"),
+    (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "must end in .npz"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"],
      "it is also an input"),
     (["meta_train.py", "--data", "nowhere"], "--toy"),
     (["meta_train.py", "--data", "."], "inside --data"),
-    (["meta_train.py", "--toy", "--small"], "name one of them"),
+    (["meta_train.py", "--toy", "--small"], "use one of them"),
     (["meta_train.py", "--toy", "--channels", "8"], "per halving"),
-    (["meta_train.py", "--toy", "--vggface", "text.jpg"], "are for --content vgg"),
+    (["meta_train.py", "--toy", "--vggface", "text.jpg"], "belong to --content vgg"),
     (["meta_train.py", "--toy", "--out", "text.jpg"], "cannot write to --out"),
     (["meta_train.py", "--toy", "--seed", "-1"], "--seed -1"),
     (["meta_train.py", "--toy", "--image-size", "100"], "image size 100"),

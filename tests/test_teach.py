@@ -156,5 +156,5 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
     fan["config"] = vars(fan["config"]) | {"landmarks": "fan"}
     torch.save(fan, tmp_path / "fan.pt")
     said = fail("beyond.teach", "--checkpoint", "fan.pt", "--out", "t.pt", cwd=tmp_path)
-    assert "fan.pt trained with fan" in said
+    assert "fan.pt was trained with fan" in said
     assert "no prepared videos in nothing" in fail(*flags, "--out", "t.pt", "--data", "nothing", cwd=tmp_path)
