@@ -1,5 +1,6 @@
 """What the tests share: small networks, a photo and a clip made from it, prepared files, running commands."""
 import functools
+import gc
 import importlib
 import io
 import os
@@ -27,6 +28,10 @@ from media.faces import landmark_detector
 from model import Config, Discriminator, Embedder, Generator
 from runtime.checkpoint import save_checkpoint
 from runtime import files
+
+# A decoder of PyAV waits for its threads when it is freed. A forked process, such as a loader's worker, does not
+# have these threads and would wait forever, so decoders that nobody uses any more are freed before the fork.
+os.register_at_fork(before=gc.collect)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))

@@ -1,5 +1,7 @@
 """data.py: landmark images, prepared folders, episodes."""
+import gc
 import io
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from beyond.augment import recolour_and_mirror, warp
 from beyond.toy import ToyHeads
 from conftest import PHOTO, fail, here, moving, script, succeed, write_clip
 from media import crops, faces, folders, photos
+from media.decode import read_video, to_rgb
 from runtime.files import UserError
 
 
@@ -283,6 +286,22 @@ def test_episodes_are_a_pure_function_and_ranks_share_no_row():
     assert [r.rows for r in ranks] == [4, 3]
     seen = [{e[n][0] * 2 + e.rank for n in range(60)} for e in ranks]
     assert seen == [{0, 2, 4, 6}, {1, 3, 5}]
+
+
+def test_a_forked_process_does_not_hang_on_a_decoder(tmp_path, face):
+    """A decoder in a reference cycle is freed at any time, in a loader's worker too. See conftest.py."""
+    write_clip(tmp_path / "a.mp4", moving(face, 3), np.arange(3) * 512, sound=False)
+    frames = read_video(tmp_path / "a.mp4")
+    to_rgb(next(frames))        # this starts threads
+    frames = [frames]
+    frames.append(frames)
+    del frames
+    child = multiprocessing.get_context("fork").Process(target=gc.collect)
+    child.start()
+    child.join(30)
+    ended = child.exitcode == 0
+    child.kill()
+    assert ended
 
 
 def test_loader_workers_do_not_change_the_data():
