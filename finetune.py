@@ -40,7 +40,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
              as_paper=False, others=None, adversarial=True, random=None):
     """Fine-tune G and D in place on T frames of a person (Sec. 3.3). E is only read.
 
-    `psi` and `w` are the paper's psi' and w'. Its psi and theta are the weights of G and of D's V.
+    `psi` and `w` are the paper's psi' and w'. The paper's psi are the weights of G without P, its theta those
+    of D's V.
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss; None if epochs is 0.
     as_paper: keep the learning rates of meta-learning constant. Otherwise they fall linearly from
     config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler".
@@ -57,7 +58,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     lr, lr_d = (config.lr, config.lr_d) if as_paper else (config.finetune_lr, config.finetune_lr_d)
     optimizer_G = torch.optim.Adam([*without_P, psi], lr, BETAS)
     optimizer_D = torch.optim.Adam([*D.V.parameters(), w, D.b], lr_d, BETAS)
-    schedules = [] if as_paper else [PolynomialLR(o, epochs) for o in (optimizer_G, optimizer_D)]
+    schedules = [] if as_paper else [PolynomialLR(o, epochs) for o in (optimizer_G, optimizer_D)]     # linear
 
     shuffle, history = torch.Generator().manual_seed(seed), []
     G.train()
@@ -76,7 +77,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 cnt = content(x_hat, x_t)
                 adv = adversarial_loss(fake_score)
                 fm = feature_matching_loss(fake_features, real_features)
-                loss = cnt + (adv + fm if adversarial else 0)               # L'_CNT + L'_ADV
+                l_adv = adv + fm if adversarial else 0                      # L'_ADV
+                loss = cnt + l_adv                                          # eq. 9
                 losses = {"cnt": cnt, "adv": adv, "fm": fm}
 
                 # ours, in addition to eq. 9: the likeness in other poses
@@ -122,7 +124,8 @@ def start_values(E, G, D, x, y, random, seed):
 def randomised(what, e_new, psi, w, G, D, seed):
     """Ablation of A.2: replace e_NEW ("e"), psi' ("psi") or e_NEW in w' ("w") by Gaussian noise.
 
-    The noise has the mean and the deviation of what it replaces. e_new (N,), psi (|psi|,), w (N,) -> psi, w.
+    The noise has the mean and the deviation of what it replaces; as e_NEW it passes a ReLU, as embeddings do.
+    e_new (N,), psi (|psi|,), w (N,) -> psi, w.
     """
     noise = torch.Generator(e_new.device).manual_seed(seed)
     like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
@@ -171,7 +174,7 @@ FINETUNING = "as_paper", "content", "vgg19", "vggface"
 
 def add_finetuning_flags(parser):
     parser.add_argument("--as-paper", action="store_true",
-                        help="fine-tune as in the paper: constant learning rates, only the losses of eq. 9")
+                        help="fine-tune as in the paper: constant learning rates, no loss in other poses")
     add_content_flags(parser)
 
 
@@ -183,7 +186,7 @@ def add_content_flags(parser):
 
 
 def content_loss(args, config, faces=True):
-    """-> the ContentLoss of these flags. For faces, dlib's network replaces VGGFace without --vggface."""
+    """-> the ContentLoss of these flags. For faces, dlib's network is added if --vggface is not given."""
     extra = FaceTerm() if faces and not args.vggface else None
     return ContentLoss(args.content or config.content, args.vgg19, args.vggface, extra)
 

@@ -22,7 +22,7 @@ FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 BETAS = (0.0, 0.999)                            # of Adam; the paper does not name them, BigGAN uses these
 
-# Ours, for small machines. The loss is then about as large beside L_MCH as the paper's content loss is.
+# Ours, for small machines: with these weights the loss is about as large as with the VGG networks.
 SQUEEZE_WEIGHT = 0.2
 PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 100.0}
 
@@ -43,15 +43,19 @@ def adversarial_loss(fake_score):
 
 
 def feature_matching_loss(fake_features, real_features):
-    """L_FM of eq. 4: the mean L1 of each block's output, averaged over V's blocks."""
+    """L_FM of eq. 4: 10 times the mean L1 of a block's output, averaged over V's blocks.
+
+    The text alone reads as a sum over blocks; the mean is what the authors' later code does.
+    """
     terms = [l1(fake, real.detach()) for fake, real in zip(fake_features, real_features)]
     return FM_WEIGHT * sum(terms) / len(terms)
 
 
 def match_loss(e, w_i, weight=MATCH_WEIGHT):
-    """L_MCH of eq. 3: the mean L1 between each of the K embeddings e (B, K, N) and W_i (B, N).
+    """L_MCH of eq. 3: the L1 between each of the K embeddings e (B, K, N) and W_i (B, N), times the weight.
 
-    W_i is detached, because eq. 3 is minimised over phi, psi and P alone.
+    It is the mean over the N elements, not their sum, as in all L1 terms here. W_i is detached, because
+    eq. 3 is minimised over phi, psi and P alone.
     """
     return weight * l1(e, w_i.detach()[:, None])
 
@@ -63,7 +67,7 @@ class ContentLoss(nn.Module):
                      torchvision's VGG19 is downloaded; without the second, its term is missing.
     kind "squeeze":  SqueezeNet 1.1 (a download of 5 MB) and L1 on pixels.
     kind "l1":       L1 on pixels alone.
-    extra:           ours: a module (x_hat, x) -> scalar that replaces VGGFace if `vggface` is not given.
+    extra:           ours: a module (x_hat, x) -> scalar that is added if `vggface` is not given.
     weight:          ours: the factor of the whole loss.
     Raises UserError if a file is missing or of another kind, or if a download fails.
     """
@@ -99,7 +103,7 @@ class ContentLoss(nn.Module):
 
 # ------------------------------------------------------------------------ the fixed networks of L_CNT
 
-VGG19_LAYERS = (1, 6, 11, 20, 29)               # relu1_1 ... relu5_1 of torchvision's `features`
+VGG19_LAYERS = (1, 6, 11, 20, 29)               # Sec. 3.4: relu1_1 ... relu5_1 of torchvision's `features`
 VGGFACE_LAYERS = (1, 6, 11, 18, 25)             # the same of a VGG16, which VGGFace is
 SQUEEZE_LAYERS = (1, 4, 7, 9, 10, 11, 12)       # ours: the layers of LPIPS
 IMAGENET_MEAN = [255 * m for m in (0.485, 0.456, 0.406)]

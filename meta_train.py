@@ -27,7 +27,8 @@ from beyond.grow import grow
 from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
 from data import Episodes, PreparedVideos, batches, to_float, to_uint8
-from losses import BETAS, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss, match_loss
+from losses import (BETAS, MATCH_WEIGHT, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss,
+                    match_loss)
 from model import Discriminator, Embedder, Generator
 from runtime.checkpoint import make_config
 from runtime.device import autocast, device_of_rank
@@ -38,9 +39,9 @@ from runtime.resume import (LOG_EVERY, Log, Signals, Training, any_rank, check_f
 # A training is one of these dictionaries, changed by flags.
 PAPER = dict(
     out="runs/meta", save_every=1000, steps=None,
-    image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 4, A.4
-    lr=5e-5, lr_d=2e-4, content="vgg", match_weight=10.0,               # Sec. 3.4
-    # Everything below is ours, and off unless --small or --toy turns it on:
+    image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 3.2, 3.4, 4, A.4
+    lr=5e-5, lr_d=2e-4, content="vgg", match_weight=MATCH_WEIGHT,       # Sec. 3.4
+    # Everything below is ours. These values turn it off in meta-learning:
     content_weight=1.0,     # the factor of the whole content loss
     face_weight=0.0,        # of dlib's recognition network, which replaces VGGFace where its file is missing
     vector_weight=1.0,      # in that term, the weight of the network's last output; the others have 1
@@ -48,13 +49,14 @@ PAPER = dict(
     augment=False,          # recolour episodes, and mirror half of them
     stills=0.0,             # the share of episodes that are made of one frame, warped K + 1 times
     psi_gain=1.0,           # psi_hat = psi_gain * P e_hat, because spectral normalisation keeps |P| at 1
-    finetune_lr=1e-4, finetune_lr_d=4e-4,       # the first learning rates of our fine-tuning
-    finetune_content="vgg",                     # the content loss of fine-tuning
-    lips=1.0)               # the factor by which beyond/adapt.py opens the lips farther than the driver's
+    # and these are stored for finetune.py and infer.py:
+    finetune_lr=1e-4, finetune_lr_d=4e-4,       # the first learning rates of fine-tuning, but for --as-paper
+    finetune_content=None,                      # the content loss of fine-tuning; None: the same
+    lips=1.0)                                   # the factor by which lips open farther than the driver's
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
-    finetune_lr=6e-4, finetune_lr_d=6e-4, finetune_content="l1")
+    finetune_lr=6e-4, finetune_lr_d=6e-4)
 SMALL = PAPER | dict(       # the training of the bundled checkpoint, see weights/MODEL_CARD.md
     out="runs/small", save_every=150,
     channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,
@@ -72,10 +74,11 @@ def make_optimizers(E, G, D, config):
             torch.optim.Adam(D.parameters(), config.lr_d, BETAS, fused=fused))
 
 
-def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
-    """One step of Sec. 3.2. row (B,); x, y (B, K+1, 3, S, S) in [-1, 1], with the target frame t first.
+def train_step(E, G, D, content, optimizers, row, x, y, match_weight=MATCH_WEIGHT):
+    """One step of Sec. 3.2. x, y (B, K+1, 3, S, S) in [-1, 1], with the target frame t first.
 
-    content: a ContentLoss.  match_weight: the weight of L_MCH, which is 0 for the FF variant.
+    row (B,): the paper's i, as rows of this rank's W.  content: a ContentLoss.
+    match_weight: the weight of L_MCH, which is 0 for the FF variant.
     Returns what is logged: {name: scalar tensor}.
     """
     optimizer_EG, optimizer_D = optimizers
@@ -84,7 +87,7 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
 
     # (1) update E and G: eq. 3
     D.requires_grad_(False)
-    with autocast(x.device), parametrize.cached():              # V is called twice, with the same weights
+    with autocast(x.device), parametrize.cached():              # both calls of V share one power iteration
         e = E(x_s.flatten(0, 1), y_s.flatten(0, 1))             # (B K, N)
         e = e.unflatten(0, x_s.shape[:2])                       # (B, K, N)
         e_hat = e.mean(dim=1)                                   # eq. 1: (B, N)
@@ -98,12 +101,12 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=10.0):
         fm = feature_matching_loss(fake_features, real_features)
         mch = match_loss(e, w_i, match_weight)
     l_adv = adv + fm                                            # eq. 4
-    loss = cnt + l_adv + mch                                    # eq. 3
+    loss = cnt + l_adv + mch                                    # eq. 3, minimised over phi, psi, P
     optimizer_EG.zero_grad()
     loss.backward()
     optimizer_EG.step()
 
-    # (2) update D twice, on the same batch: eq. 6
+    # (2) update theta, W, w0 and b twice, on the same batch and x_hat: eq. 6
     D.requires_grad_(True)
     x_both = torch.cat([x_t, x_hat.detach()])                   # (2B, 3, S, S): real, then generated
     y_both = torch.cat([y_t, y_t])
@@ -135,12 +138,10 @@ def sample_grid(path, E, G, episodes, device, rows=8):
     _, x, y = zip(*(episodes[n] for n in range(rows)))
     x, y = to_float(torch.stack(x), device), to_float(torch.stack(y), device)   # (rows, K+1, 3, S, S)
     modes = E.training, G.training
-    E.eval()
-    G.eval()
+    E.eval(), G.eval()
     e = torch.stack([E(x[n, 1:], y[n, 1:]).mean(0) for n in range(rows)])       # (rows, N)
     grid = torch.stack([x[:, 1], y[:, 0], x[:, 0], G(y[:, 0], e)], dim=1)       # (rows, 4, 3, S, S)
-    E.train(modes[0])
-    G.train(modes[1])
+    E.train(modes[0]), G.train(modes[1])
     picture = np.concatenate(np.concatenate(to_uint8(grid), axis=1), axis=1)    # (rows S, 4 S, 3)
     with atomic(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
@@ -210,7 +211,7 @@ def check(args):
 
 
 def find_data(args, rank, world):
-    """-> the run's Config, this rank's episodes, eight others for the sample grids, the number of steps."""
+    """-> the run's Config, this rank's episodes, eight more for the sample grids, the number of steps."""
     slots, rest = divmod(args.batch, world)
     if rest:
         raise UserError(f"--batch {args.batch} cannot be divided evenly among {world} ranks")
@@ -219,9 +220,9 @@ def find_data(args, rank, world):
     else:
         videos = shown = PreparedVideos(args.data, args.image_size)
     config = make_config(image_size=args.image_size, channels=args.channels, num_videos=len(videos),
-                         landmarks=videos.detector, content=args.finetune_content, match=not args.no_match,
-                         lr=args.lr, lr_d=args.lr_d, finetune_lr=args.finetune_lr,
-                         finetune_lr_d=args.finetune_lr_d, lips=args.lips)
+                         landmarks=videos.detector, content=args.finetune_content or args.content,
+                         match=not args.no_match, lr=args.lr, lr_d=args.lr_d, lips=args.lips,
+                         finetune_lr=args.finetune_lr, finetune_lr_d=args.finetune_lr_d)
     ours = dict(augment=augment if args.augment else None, stills=args.stills)
     episodes = Episodes(videos, args.K, slots, args.seed, rank, world, **ours)
     examples = Episodes(shown, args.K, slots=8, seed=args.seed + 1, **ours)
@@ -243,8 +244,7 @@ def make_networks(config, rows, seed, rank, device):
     """-> E, G, D. They are equal on every rank, except for W, of which every rank has its own rows."""
     layout = dict(device=device, memory_format=torch.channels_last)  # a quarter faster
     torch.manual_seed(seed)
-    E = Embedder(config).to(**layout)
-    G = Generator(config).to(**layout)
+    E, G = Embedder(config).to(**layout), Generator(config).to(**layout)
     D = Discriminator(replace(config, num_videos=rows)).to(**layout)
     torch.manual_seed(seed + 1 + rank)  # from here on the ranks differ
     D.reset_rows()
@@ -267,7 +267,7 @@ def main():
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
 
-    # networks: E and G stay the same on every rank, each rank trains a D of its own
+    # networks: E and G stay the same on every rank, each trains a D of its own (step-N.pt has rank 0's)
     E, G, D = make_networks(config, episodes.rows, args.seed, rank, device)
     G.P.gain.fill_(args.psi_gain)
     optimizers = make_optimizers(E, G, D, config)

@@ -27,13 +27,13 @@ class Config:
     channels: tuple = (64, 128, 256, 512)   # output widths of G's encoder, one per halving; the last is N
     num_videos: int = 0                     # training videos, each of which has a row of W
     landmarks: str = "fan"                  # the landmark detector of the training data: fan | dlib
-    content: str = "vgg"                    # the content loss: vgg | squeeze | l1
+    content: str = "vgg"                    # the content loss of fine-tuning: vgg | squeeze | l1
     match: bool = True                      # False: the FF variant, trained without the match loss
-    lr: float = 5e-5                        # learning rate of E and G, which the paper keeps in fine-tuning
+    lr: float = 5e-5                        # learning rate of E and G; fine-tuning --as-paper keeps it
     lr_d: float = 2e-4                      # learning rate of D, likewise
     finetune_lr: float = 1e-4               # ours: the first learning rate of G in our fine-tuning ...
     finetune_lr_d: float = 4e-4             # ... and that of D; both fall to 0
-    lips: float = 1.0                       # ours: by how much the driver's lips are spread
+    lips: float = 1.0                       # ours: the factor by which lips open farther than the driver's
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
@@ -87,14 +87,14 @@ class SelfAttention(nn.Module):
         return x + self.gamma * self.out(h)                     # (B, C, H, W)
 
 
-def adain(x, psi):
+def adain(x, psi_k):
     """Adaptive instance normalisation [14]: (1 + gamma) * instance_norm(x) + beta.
 
-    x (B, C, H, W); psi (B, 2C) holds the C gammas, then the C betas. The factor is 1 + gamma, because
-    psi = P e starts near zero under spectral normalisation, and gamma alone would suppress the signal.
+    x (B, C, H, W); psi_k (B, 2C), a slice of psi_hat: the C gammas, then the C betas. The factor is
+    1 + gamma, because P e stays small under spectral normalisation: gamma alone would suppress the signal.
     """
     # Written as the batch normalisation of one image with B C channels, which makes G a tenth faster.
-    gamma, beta = psi.chunk(2, dim=1)                           # (B, C), (B, C)
+    gamma, beta = psi_k.chunk(2, dim=1)                         # (B, C), (B, C)
     h = x.flatten(0, 1)[None]                                   # (1, BC, H, W)
     h = F.batch_norm(h, None, None, (1 + gamma).flatten(), beta.flatten(), training=True)
     return h.view(x.shape)                                      # (B, C, H, W)
@@ -122,11 +122,14 @@ class DownBlock(nn.Module):
         if self.down:
             h = F.avg_pool2d(h, 2)                              # (B, C_out, H/2, W/2)
             x = F.avg_pool2d(x, 2)  # pooling commutes with the 1x1 skip, which then costs a quarter
-        return self.skip(x) + h                                 # (B, C_out, H/2, W/2)
+        return self.skip(x) + h                                 # (B, C_out, H/2, W/2), if down
 
 
 class AdaBlock(nn.Module):
-    """Residual block of G with AdaIN. up: upsample before the first convolution, as BigGAN [6] does."""
+    """Residual block of G with AdaIN. up: upsample before the first convolution, as BigGAN does.
+
+    A.4 says "in the end of the block, following [6]", but [6] is BigGAN. Shapes are those of up=True.
+    """
 
     def __init__(self, c_in, c_out, up=False):
         super().__init__()
@@ -140,7 +143,7 @@ class AdaBlock(nn.Module):
         h = upsample_conv(h, self.conv1) if self.up else self.conv1(h)  # (B, C_out, 2H, 2W)
         h = F.relu(adain(h, psi2), inplace=True)    # (B, C_out, 2H, 2W)
         h = self.conv2(h)                                       # (B, C_out, 2H, 2W)
-        x = self.skip(x)            # it commutes with upsampling, too
+        x = self.skip(x)            # the 1x1 skip commutes with upsampling, so it runs on the small map
         if self.up:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear")     # (B, C_out, 2H, 2W)
         return h + x                                            # (B, C_out, 2H, 2W)
@@ -197,11 +200,11 @@ class ConvNet(nn.Module):
     def forward(self, x, y):
         h, features = torch.cat([x, y], dim=1), []              # (B, 6, S, S)
         for k, block in enumerate(self.blocks, 1):
-            h = block(h)                                        # (B, widths[k], S/2^k, S/2^k)
+            h = block(h)                                        # (B, widths[k], S/2^k, S/2^k), at least 4x4
             features.append(h)
             if k == self.attention_after:
                 h = self.attention(h)                           # (B, 256, 32, 32)
-        vector = F.relu(h).sum(dim=(2, 3), dtype=torch.float32)  # (B, N): sum pooling after ReLU
+        vector = F.relu(h).sum(dim=(2, 3), dtype=torch.float32)  # (B, N): ReLU, then sum (A.4)
         return vector, features
 
 
@@ -219,7 +222,7 @@ class Embedder(nn.Module):
 class Generator(nn.Module):
     """G(y, e_hat; psi, P) of Sec. 3.1: y (B, 3, S, S), e_hat (B, N) -> x_hat (B, 3, S, S).
 
-    The paper's psi are the weights of this module; psi_hat is P e_hat, or psi' in fine-tuning.
+    The paper's psi are all weights of this module but P; psi_hat is P e_hat, or psi' in fine-tuning.
     """
 
     def __init__(self, cfg):
@@ -240,14 +243,14 @@ class Generator(nn.Module):
 
         # One linear layer gives every gamma and beta (A.4), in the order in which render() uses them: two
         # slices for each block of the bottleneck, two for each block of the decoder, one for the final AdaIN.
-        # It has a bias for what all people have in common, because spectral normalisation limits the norm of
-        # P e, which is then left for the differences between people.
+        # Its bias carries what all people have in common, so that P e, which spectral normalisation keeps
+        # small, need only carry the differences between people.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056
         nn.init.zeros_(self.P.bias)
-        # ours: constants that beyond/teach.py sets. With 0 and 1 this is the paper's P.
-        self.P.register_buffer("mean", torch.zeros(N))          # the mean of e over people
-        self.P.register_buffer("gain", torch.ones(()))          # spectral normalisation keeps |P| at 1
+        # ours: constants, with which psi_hat can be larger than spectral normalisation allows
+        self.P.register_buffer("mean", torch.zeros(N))          # of e over people; beyond/teach.py sets it
+        self.P.register_buffer("gain", torch.ones(()))          # teach.py and meta_train.py --small set it
 
     def project(self, e):
         """psi_hat = P e_hat, the person-specific parameters (Sec. 3.1): (B, N) -> (B, |psi_hat|)."""
@@ -256,19 +259,19 @@ class Generator(nn.Module):
 
     def render(self, y, psi_hat):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi_hat (B, |psi_hat|) -> (B, 3, S, S)."""
-        psi_hat = iter(psi_hat.split(self.psi_sizes, dim=1))    # two of (B, 2C) for each block
+        slices = iter(psi_hat.split(self.psi_sizes, dim=1))     # two of (B, 2C) for each block
         h = y
         for k, block in enumerate(self.down, 1):
             h = block(h)                                        # (B, down[k], S/2^k, S/2^k)
             if k == self.attention_down_after:
                 h = self.attention_down(h)                      # (B, 256, 32, 32)
         for block in self.bottleneck:
-            h = block(h, next(psi_hat), next(psi_hat))          # (B, N, 16, 16)
+            h = block(h, next(slices), next(slices))            # (B, N, 16, 16)
         for k, block in enumerate(self.up, 1):
-            h = block(h, next(psi_hat), next(psi_hat))          # (B, up[k], 16 * 2^k, 16 * 2^k)
+            h = block(h, next(slices), next(slices))            # (B, up[k], 16 * 2^k, 16 * 2^k)
             if k == self.attention_up_after:
                 h = self.attention_up(h)                        # (B, 256, 64, 64)
-        h = F.relu(adain(h, next(psi_hat)), inplace=True)       # (B, 64, S, S): A.4
+        h = F.relu(adain(h, next(slices)), inplace=True)        # (B, 64, S, S): A.4
         return torch.tanh(self.to_rgb(h))                       # (B, 3, S, S)
 
     def forward(self, y, e):
@@ -288,7 +291,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D of eq. 5 and eq. 8, which are the same function of w: D(x, y, w) = V(x, y)^T w + b.
 
-    Meta-learning calls it with w = D.rows(i) + D.w0 (eq. 5), fine-tuning with w = w' (eq. 8).
+    Meta-learning calls it with w = D.rows(i) + D.w0 (eq. 5), fine-tuning with w = w' (eq. 8). theta, the
+    weights of V, are under spectral normalisation; W, w0 and w' are not, because they are no layers.
     W (num_videos, N) has a row for each training video of this rank. In the paper they are columns.
     """
 
@@ -314,4 +318,4 @@ class Discriminator(nn.Module):
     def forward(self, x, y, w):
         """x, y (B, 3, S, S); w (B, N) or (N,) -> score (B,), [the output of each of V's blocks]."""
         v, features = self.V(x, y)                              # (B, N)
-        return (v * w).sum(dim=1) + self.b, features            # (B,)
+        return (v * w).sum(dim=1) + self.b, features            # (B,): eq. 5, eq. 8
