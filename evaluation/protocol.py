@@ -40,14 +40,11 @@ def person_of(name):
 def frame_times(data, i):
     """The times of the frames of sequence i in seconds (n,), as if its clips followed each other directly.
 
-    All are 0 for photos. None if the times are unknown: for drawn heads, and for folders that were prepared
-    before data.py stored "file" (the number of a frame's clip or photo) and "seconds" (its time in there).
+    All are 0 for photos and for drawn heads.
     """
     if not isinstance(data, PreparedVideos):
-        return None
+        return np.zeros(data.count(i))
     stored = torch.load(data.files[i], mmap=True, weights_only=True)
-    if "seconds" not in stored:
-        return None
     file, seconds = stored["file"].numpy(), stored["seconds"].numpy()
     passed = np.where(file[1:] == file[:-1], np.diff(seconds), 0)   # the time between two files is unknown
     return np.concatenate([[0], passed.cumsum()])
@@ -76,15 +73,14 @@ def draw_protocol(data, shots, holdout, count, seed):
     UserError if no video has enough frames.
     """
     rng, need = np.random.default_rng(seed), max(shots)
-    protocol, too_short, without_times = {}, [], []
+    protocol, too_short = {}, []
     videos = list(find_videos(data).items())
     for v in rng.permutation(len(videos)):
         name, (i, j) = videos[v]
         frames = data.count(i)
-        seconds = frame_times(data, i) if i == j and frames else None
         if i != j:
             learn, held_out = rng.permutation(frames), rng.permutation(data.count(j))
-        elif seconds is not None and seconds[-1] > 0:
+        elif frames and (seconds := frame_times(data, i))[-1] > 0:
             learn, held_out = map(rng.permutation, split_in_time(seconds, need, holdout))
         else:
             shuffled = rng.permutation(frames)
@@ -94,15 +90,10 @@ def draw_protocol(data, shots, holdout, count, seed):
         elif len(protocol) < count:
             held_out = sorted(held_out[:holdout].tolist())
             protocol[name] = {"learn": learn[:need].tolist(), "holdout": held_out}
-            if i == j and seconds is None:
-                without_times.append(name)
     if too_short:
         warn(f"left out, because {need} frames to learn from and {holdout} to hold out are needed, and in a "
              f"video they must be a second apart: {', '.join(sorted(too_short))}")
     if not protocol:
         raise UserError(f"no video has {need} frames to learn from and {holdout} to hold out: ask for fewer "
                         "with --shots or --holdout")
-    if without_times and isinstance(data, PreparedVideos):
-        warn(f"{len(without_times)} of {len(protocol)} sequences were prepared without times. If they are "
-             "videos, the hold-out frames are neighbours of frames that are learned from: prepare them again")
     return protocol

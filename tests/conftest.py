@@ -219,10 +219,10 @@ def clip(tmp_path_factory, face):
     return path
 
 
-def prepare(path, frames, points, **times):
-    """Write a file as data.py makes it, of frames uint8 (n, S, S, 3) and landmarks (n, 68, 2).
+def prepare(path, frames, points, file=None, seconds=None):
+    """Write a file as data.py does, of frames uint8 (n, S, S, 3) and landmarks (n, 68, 2).
 
-    times: "file" and "seconds" of the frames, or nothing.
+    file, seconds (n,): the clip that each frame is from, and its time in it. By default they are photos.
     """
     jpegs = []
     for frame in frames:
@@ -232,5 +232,7 @@ def prepare(path, frames, points, **times):
     offsets = torch.tensor([0] + [len(jpeg) for jpeg in jpegs]).cumsum(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.tensor(points),
-                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]), "detector": "dlib"}
-                       | {name: torch.tensor(values) for name, values in times.items()}, path)
+                        "file": torch.as_tensor(range(len(frames)) if file is None else file),
+                        "seconds": torch.as_tensor(np.zeros(len(frames)) if seconds is None else seconds),
+                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]), "detector": "dlib"},
+                       path)

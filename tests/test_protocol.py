@@ -12,13 +12,11 @@ from runtime.files import UserError
 def timed(folder, **videos):
     """A prepared folder of videos with black frames.
 
-    videos: {name: ("file" and "seconds" of the frames), or just the number of frames}.
+    videos: {name: ("file" and "seconds" of the frames)}.
     """
-    for name, times in videos.items():
-        count = times if isinstance(times, int) else len(times[0])
-        times = {} if isinstance(times, int) else {"file": times[0], "seconds": times[1]}
-        prepare(folder / f"{name}.pt", np.zeros((count, 64, 64, 3), np.uint8),
-                np.zeros((count, 68, 2), np.float32), **times)
+    for name, (file, seconds) in videos.items():
+        prepare(folder / f"{name}.pt", np.zeros((len(file), 64, 64, 3), np.uint8),
+                np.zeros((len(file), 68, 2), np.float32), file, seconds)
     return PreparedVideos(str(folder))
 
 
@@ -70,13 +68,10 @@ def test_a_video_too_short_for_the_gap_is_left_out(tmp_path, capsys):
 
 
 def test_photos_have_no_time(tmp_path, capsys):
-    """They are divided at random. So are videos that were prepared without times, but these get a warning."""
+    """They are divided at random."""
     photos = timed(tmp_path / "photos", person=(list(range(20)), [0.0] * 20))
-    older = timed(tmp_path / "older", person=20)
     drawn = protocol.draw_protocol(photos, [8], 8, 50, 0)
     assert not capsys.readouterr().err
-    assert drawn == protocol.draw_protocol(older, [8], 8, 50, 0)
-    assert "1 of 1 sequences were prepared without times" in capsys.readouterr().err
     learn, held = drawn["person"]["learn"], drawn["person"]["holdout"]
     assert not set(learn) & set(held) and min(held) < max(learn)
 

@@ -159,8 +159,7 @@ def folder(tmp_path, clip, detect, model, monkeypatch):
     """A folder in which two drawn heads are driven by a clip of the astronaut and by a saved track."""
     heads = ToyHeads(2, 64)
     for i in range(2):
-        times = {"file": list(range(5)), "seconds": [0.] * 5}
-        prepare(tmp_path / f"held/head{i}.pt", *heads.load(i, range(5)), **times)
+        prepare(tmp_path / f"held/head{i}.pt", *heads.load(i, range(5)))
     (tmp_path / "drivers").mkdir()
     shutil.copy(clip, tmp_path / "drivers/clip.mp4")
     shutil.copy(ROOT / "assets/speech.npz", tmp_path / "drivers")

@@ -123,7 +123,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(teach, "FIT_BATCHES", 60)       # enough for the bound of w0 below
     loaded = [ToyHeads(3).load(i, range(5)) for i in range(3)]
     for i, head in enumerate(loaded):
-        prepare(tmp_path / f"prepared/head{i}.pt", *head, file=list(range(5)), seconds=[0.] * 5)
+        prepare(tmp_path / f"prepared/head{i}.pt", *head)
     untouched = checkpoint.read_bytes()
     flags = ["beyond.teach", "--checkpoint", checkpoint, "--steps-E", "2", "--steps-P", "2"]
     said = succeed(*flags, "--out", "taught.pt", cwd=tmp_path)
