@@ -116,7 +116,7 @@ class PreparedVideos:
     def _open(self, i):
         try:  # memory-mapped, so that reading a few frames of a long video does not read all of it
             sequence = torch.load(self.files[i], mmap=True, weights_only=True)
-            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg", "made_up", "file", "seconds"):
+            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg", "made_up", "seconds"):
                 sequence[key]
             return sequence
         except OSError as e:    # for example no permission, or a network drive that is gone

@@ -29,8 +29,8 @@ from model import Config, Discriminator, Embedder, Generator
 from runtime.checkpoint import save_checkpoint
 from runtime import files
 
-# A decoder of PyAV waits for its threads when it is freed. A forked process, such as a loader's worker, does not
-# have these threads and would wait forever, so decoders that nobody uses any more are freed before the fork.
+# A decoder of PyAV waits for its threads when it is freed. A forked process, such as a loader's worker, does
+# not have these threads and would wait forever, so unused decoders are freed before the fork.
 os.register_at_fork(before=gc.collect)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,5 +234,5 @@ def prepare(path, frames, points, file=None, seconds=None):
     files.save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.tensor(points),
                         "file": torch.as_tensor(range(len(frames)) if file is None else file),
                         "seconds": torch.as_tensor(np.zeros(len(frames)) if seconds is None else seconds),
-                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]), "detector": "dlib"},
-                       path)
+                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]),
+                        "detector": "dlib"}, path)

@@ -19,7 +19,7 @@ from runtime.files import UserError
 
 
 def test_landmark_groups_and_colours():
-    """Every group in its colour; eyes and lips closed, the rest open."""
+    """Every group is drawn in its colour. Eyes and lips are closed lines, the others are open."""
     groups = {"jaw": (range(0, 17), (255, 255, 255), False),
               "right brow": (range(17, 22), (255, 0, 0), False),
               "left brow": (range(22, 27), (0, 255, 0), False),
@@ -30,7 +30,7 @@ def test_landmark_groups_and_colours():
               "outer lips": (range(48, 60), (255, 255, 0), True),
               "inner lips": (range(60, 68), (255, 128, 0), True)}
     for name, (members, colour, closed) in groups.items():
-        points = np.full((68, 2), -1000.0)              # the others far outside the picture
+        points = np.full((68, 2), -1000.0)              # the other groups are far outside the picture
         angle = np.linspace(0, 4.5, len(members))       # three quarters of a circle
         points[members] = 128 + 80 * np.stack([np.cos(angle), np.sin(angle)], 1)
         y = data.draw_landmarks(points, 256)
@@ -53,7 +53,7 @@ def test_lines_grow_with_the_image(size, rows):
 
 
 def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
-    """The detector, asked again, agrees; and the person's right eye is still drawn as the right one."""
+    """The detector finds the same landmarks again, and the right eye is still drawn as the right one."""
     image = photos.read_photo(PHOTO)
     points = detect(image)
     box = crops.face_box(points)
@@ -71,7 +71,7 @@ def test_mirrored_and_warped_landmarks_stay_on_the_face(detect):
 
 
 def test_how_often_a_sequence_is_drawn():
-    """Every sequence as often as any other; one frame is enough for a still, and an episode needs two."""
+    """All sequences are equally likely. A still needs one frame, and an episode needs two."""
     class Videos(ToyHeads):
         def usable(self, i):
             return np.arange((0, 1, 2, 7)[i])
@@ -104,7 +104,7 @@ def test_a_photo_and_the_same_frame_as_video_give_the_same_crop(tmp_path, face, 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, clip, face):
-    """VoxCeleb2's layout, VoxCeleb1's, a person's photos, and what should only be reported."""
+    """The layouts of VoxCeleb2 and VoxCeleb1, a person's photos, and files that are only reported."""
     root = tmp_path_factory.mktemp("videos")
     for name in ("id1/vid1", "vox1/name", "person", "dark", "empty", "broken"):
         (root / name).mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_preparing_a_folder(videos, tmp_path):
 
 
 def test_several_people_in_one_folder_and_photos_above_max_frames_are_told(tmp_path, face):
-    """She alone is one person, in a folder of her own and as a clip; with Mona Lisa beside her she is not."""
+    """Photos or a clip of the astronaut show one person; together with the Mona Lisa they do not."""
     flat = tmp_path / "flat"
     (flat / "her").mkdir(parents=True)
     photos = {"a": Image.open(PHOTO), "b": Image.fromarray(face), "c": Image.open(PHOTO).resize((480, 480)),
@@ -164,7 +164,7 @@ def test_several_people_in_one_folder_and_photos_above_max_frames_are_told(tmp_p
 
 
 def tree(root, *paths):
-    """Empty files below root, their folders made."""
+    """Make empty files and their folders below root."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
@@ -221,7 +221,7 @@ def test_max_frames_are_spread_evenly(clip, detect):
     every = list(folders.faces_in(clip, detect, 64))
     assert len(few) == 3 and len(every) == 18
     assert [shot.seconds for shot in few] == pytest.approx([0, 0.4, 0.94], abs=0.07)
-    assert np.abs(few[-1].points - every[-1].points).max() < 1                  # the last frame is among them
+    assert np.abs(few[-1].points - every[-1].points).max() < 1    # the last frame is one of them
 
 
 def test_prepared_frames_and_landmarks_belong_together(tmp_path):
@@ -234,8 +234,7 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
     offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
     landmarks = torch.stack([torch.from_numpy(p) for _, p in pairs])
     torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "image_size": 128, "landmarks": landmarks,
-                "made_up": torch.tensor([0.0, 0.101, 0.1]), "file": torch.arange(3), "seconds": torch.zeros(3),
-                "detector": "dlib"}, tmp_path / "a.pt")
+                "made_up": torch.tensor([0.0, 0.101, 0.1]), "seconds": torch.zeros(3), "detector": "dlib"}, tmp_path / "a.pt")
     videos = data.PreparedVideos(tmp_path)
     assert videos.count(0) == 3 and videos.usable(0).tolist() == [0, 2]     # at most a tenth is made up
     maps = Path("/proc/self/maps")      # Linux allows 65,530 of them, and VoxCeleb2 has 145,112 sequences
@@ -252,7 +251,7 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
 def test_sequences_that_were_prepared_differently_are_told(tmp_path):
     """Every sequence is checked, because folders may have been copied together."""
     sequence = {"jpeg": torch.zeros(1), "offsets": torch.zeros(1), "landmarks": torch.zeros(0, 68, 2),
-                "made_up": torch.zeros(0), "file": torch.zeros(0), "seconds": torch.zeros(0), "detector": "dlib"}
+                "made_up": torch.zeros(0), "seconds": torch.zeros(0), "detector": "dlib"}
     (tmp_path / "0.pt").write_text("a damaged file first")
     for name, difference in (("1.pt", {"image_size": 128}), ("2.pt", {"image_size": 64}),
                              ("3.pt", {"image_size": 128, "detector": "fan"})):

@@ -1,4 +1,4 @@
-"""On a GPU a training step waits for Python, so the number of operators in it must not creep up unseen."""
+"""On a GPU a training step waits for Python, so the number of its operators must not grow unnoticed."""
 import contextlib
 from collections import Counter
 
@@ -15,7 +15,7 @@ from model import Config, Discriminator, Embedder, Generator
 
 
 class Operators(TorchDispatchMode):
-    """Counts what is dispatched; views and questions about the device cost next to nothing."""
+    """Counts the operators that are dispatched, except views and device queries, which are cheap."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class NoOptimizer:
 
 
 def test_a_step_at_the_papers_sizes_dispatches_few_operators(monkeypatch):
-    """At most 4,550 before the optimisers; it was 4,825 before V's weights were cached in part (1)."""
+    """At most 4,550 before the optimisers. There were 4,825 before part (1) cached V's weights."""
     monkeypatch.setattr(meta_train, "autocast", lambda device: contextlib.nullcontext())
     with FakeTensorMode():      # shapes only: no memory and no arithmetic
         cfg, content = Config(num_videos=10), ContentLoss("l1")
@@ -53,12 +53,12 @@ def test_a_step_at_the_papers_sizes_dispatches_few_operators(monkeypatch):
 
 
 def test_the_networks_compile_without_a_graph_break():
-    """fullgraph=True raises at a break. On CUDA meta_train.py compiles E, G and V."""
+    """On CUDA, meta_train.py compiles E, G and V. fullgraph=True raises an error at a graph break."""
     cfg, E, G, D = networks()
     x, y = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
     e = torch.rand(2, 16)
     for net, inputs in ((E, (x, y)), (G, (y, e)), (D.V, (x, y))):
-        net.eval()          # so that the power iteration stands still between the two calls
+        net.eval()          # so that the power iteration does not run between the two calls
         with torch.no_grad(), parametrize.cached():
             expected = net(*inputs)
             net.compile(backend="eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""grow.py: a network of 128 pixels starts with what one of 64 has learned; where bfloat16 is used."""
+"""grow.py: a network starts with what one of half its image size has learned."""
 import numpy as np
 import pytest
 import torch
@@ -23,7 +23,7 @@ def episodes(size):
 
 
 def grown(tmp_path, old_size, channels, first):
-    """A small network with made-up statistics, and one of twice the size grown from it."""
+    """-> a small network with made-up statistics, and one of twice the size that was grown from it."""
     cfg, *small = networks(old_size, channels=channels)
     large_cfg, *large = networks(2 * old_size, channels=(first, *channels))
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_siz
     small, large = grown(tmp_path, old_size, channels, first)
     frames, points = ToyHeads(4, old_size).load(0, range(4))
     x, y = (to_float(part) for part in to_tensors(frames, points))      # (4, 3, S, S)
-    # what averages to x and y again
+    # pictures of twice the size, whose averages are x and y
     X, Y = (F.interpolate(part, scale_factor=2.0) for part in (x, y))
     with torch.no_grad():
         e, e_grown = small[0](x, y), large[0](X, Y)
@@ -61,7 +61,7 @@ def test_a_grown_network_sees_and_draws_what_the_small_one_did(tmp_path, old_siz
 
 
 def test_the_numbers_of_psi_find_their_places(tmp_path):
-    """The old final AdaIN's become the new final AdaIN's; where that is too narrow, the next block's."""
+    """P's rows of the old final AdaIN serve the new one, or the next block's if it is too narrow."""
     for first in (24, 16, 8):
         small, large = grown(tmp_path, 64, (16, 16, 32), first)
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
 
 
 def test_a_fixed_embedder_stays_as_it_came(tmp_path, checkpoint):
-    """Under two ranks, too, where DDP would refuse a network that learns nothing."""
+    """With two ranks, too, because DDP refuses networks without trainable parameters."""
     flags = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--out", "run", "--fix-embedder"]
     result = torchrun(ROOT / flags[0], *flags[1:], "--grow-from", checkpoint, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

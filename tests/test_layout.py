@@ -1,4 +1,4 @@
-"""Which file may import which of ours, so that a reader of one file knows where the others can lead."""
+"""Which of our files may import which others (the rules of the layout)."""
 import ast
 
 import pytest
@@ -28,7 +28,7 @@ ALLOWED = {
 
 
 def imports(text):
-    """The modules and folders of ours that a source text imports, anywhere in it: {"model", "runtime"}."""
+    """Our modules and folders that a source text imports anywhere: for example {"model", "runtime"}."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def imports(text):
 
 
 def forbidden(module, text):
-    """What a module must not import but does, sorted. module: "data" or "media.faces"."""
+    """-> sorted imports of a module, such as "data" or "media.faces", that the rules forbid."""
     folder = module.split(".")[0]
     allowed = ALLOWED.get(module, set()) | ALLOWED[folder]
     own_folder = {folder} & FOLDERS

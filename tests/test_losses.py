@@ -42,7 +42,7 @@ def test_match_by_hand_is_per_embedding_and_moves_e_but_not_w():
     w = torch.zeros(1, 2, requires_grad=True)
     loss = match_loss(e, w)
     loss.backward()
-    assert loss.item() == pytest.approx(10 * 0.5)                       # of the mean it would be 0
+    assert loss.item() == pytest.approx(10 * 0.5)                       # that of the mean of e would be 0
     assert e.grad.abs().sum() > 0 and w.grad is None
 
 
@@ -87,14 +87,14 @@ def files(tmp_path_factory):
     matconvnet(vgg19, "E", True, np.array([123.68, 116.779, 103.939]).reshape(1, 1, 3), 1)
     image = np.zeros((224, 224, 3), np.float32) + np.array([129.0, 104.0, 93.0], np.float32)
     image[:112] += 1
-    image[112:] -= 1        # an image: its mean counts
+    image[112:] -= 1        # it is an image, of which the mean is used
     matconvnet(vggface, "D", False, image, 2)
     return vgg19, vggface
 
 
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
-    """Each file is read once for all tests: that takes a process of its own, and seconds."""
+    """Read each file only once for all tests, because it takes seconds in a process of its own."""
     monkeypatch.setattr(losses, "read_matconvnet", read_matconvnet)
 
 
@@ -106,7 +106,7 @@ def test_matconvnet_both_variants(files):
 
 
 def test_caffe_preprocessing_and_first_layer_by_hand(files):
-    """RGB, 0-255, minus the mean; filters H x W x in x out, not flipped."""
+    """The input is RGB of 0 to 255 minus the mean. Filters are (H, W, in, out) and not flipped."""
     filters = np.random.default_rng(1).standard_normal((3, 3, 3, 64)) * (2 / 27) ** .5
     term = ContentLoss("vgg", *files).terms[0]
     x = torch.rand(1, 3, 16, 16) * 2 - 1
@@ -153,7 +153,7 @@ def test_without_vggface_it_says_what_is_lost(files, capsys):
 
 
 def test_face_features_are_dlibs():
-    """The embedding against dlib's own, of an aligned face; the term is the sum of relative differences."""
+    """The vector of an aligned face is dlib's. The term is the weighted sum of relative differences."""
     photo, detect = read_photo(PHOTO), landmark_detector("dlib")
     points = [dlib.point(*p) for p in detect(photo).astype(int).tolist()]
     shape = dlib.full_object_detection(dlib.rectangle(0, 0, *photo.shape[1::-1]), points)
@@ -178,7 +178,7 @@ def test_face_features_are_dlibs():
 @pytest.mark.parametrize("size", [128, 512])
 @pytest.mark.parametrize("angle", [0, 15])
 def test_faces_are_aligned_as_dlib_does(size, angle):
-    """dlib aligns by 51 points, we by five: much the same chip, and by its network the same person (0.6)."""
+    """dlib aligns by 51 points and we by five, but the chips are similar, and so are their vectors."""
     photo = Image.open(PHOTO).rotate(angle, Image.BICUBIC, center=(220, 130)).crop((90, 0, 350, 260))
     points = landmark_detector("dlib")(np.asarray(photo))
     corners = [dlib.point(*p) for p in points.astype(int).tolist()]
@@ -208,7 +208,7 @@ def test_files_that_are_no_such_networks(files, tmp_path):
 
 
 def test_squeezenet_content_loss():
-    """With the ImageNet weights in torch hub's folder; these are not part of the repository."""
+    """This needs the ImageNet weights in torch hub's folder, which the repository does not hold."""
     home = ROOT.parent / "shared" / "torch_home"
     if not (home / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").exists():
         pytest.skip("no SqueezeNet weights at hand")

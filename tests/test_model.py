@@ -57,7 +57,7 @@ def test_spectral_norm_on_every_conv_and_linear_layer_and_nothing_else():
             assert parametrize.is_parametrized(module) == isinstance(module, (nn.Conv2d, nn.Linear)), name
     G = networks()[2]
     for _ in range(100):
-        G.P.weight  # each look in training mode is a step of the power iteration
+        G.P.weight  # each access in training mode is a step of the power iteration
     for m in (G.P, G.bottleneck[0].conv1):
         assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
 
@@ -110,7 +110,7 @@ def test_blocks_against_their_definition():
     inside = lambda t: t[..., 2:-2, 2:-2]
     mine = upsample_conv(F.relu(adain(x, a)), up.conv1)
     assert torch.allclose(inside(mine), inside(h), atol=1e-5)
-    assert (mine - h).abs().max() < 0.5 * h.abs().max()         # and the border is neither dark nor wild
+    assert (mine - h).abs().max() < 0.5 * h.abs().max()         # and the border is neither dark nor extreme
     h = up.conv2(F.relu(adain(mine, b)))
     assert torch.allclose(up(x, a, b), h + up.skip(double(x)), atol=1e-5)
 

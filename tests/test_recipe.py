@@ -33,7 +33,7 @@ from runtime.resume import LOGGED
 
 @pytest.fixture
 def double(monkeypatch):
-    """All in double precision, what asks for float32 too: a reference then agrees to many digits."""
+    """Compute everything in double precision, so that a reference agrees to many digits."""
     monkeypatch.setattr(device, "fast_dtype", lambda device: torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -43,7 +43,7 @@ def double(monkeypatch):
 
 
 def standing_still(*nets):
-    """Stop spectral normalisation's power iteration, which moves with every forward pass of a reference."""
+    """Stop the power iteration of spectral normalisation, because a reference has more forward passes."""
     for net in nets:
         for module in net.modules():
             if hasattr(module, "n_power_iterations"):
@@ -51,12 +51,12 @@ def standing_still(*nets):
 
 
 def pictures(*shape):
-    """Noise about colours of their own, in [-1, 1]."""
+    """Pictures in [-1, 1]: noise around a colour of their own."""
     return (torch.rand(*shape, 3, 64, 64) + torch.rand(*shape, 3, 1, 1) - 1)
 
 
 def near_the_hinge(D, w, x, y):
-    """By its b, scores about 1 for x (B, 3, S, S) with w (B, N): some beyond the hinge, some not."""
+    """Set b so that scores of x (B, 3, S, S) with w (B, N) are around 1, on both sides of the hinge."""
     with torch.no_grad():
         D.b += 1 - ((D.V(x, y)[0] * w).sum(1) + D.b).mean()
 
@@ -66,7 +66,7 @@ def l1(a, b):
 
 
 def descend(loss, parameters, lr):
-    """p - lr * gradient, by hand."""
+    """Gradient descent by hand: p - lr * gradient."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     with torch.no_grad():
         for p, g in zip(parameters, gradients):
@@ -74,7 +74,7 @@ def descend(loss, parameters, lr):
 
 
 def agree(net, reference, start):
-    """Every parameter has made the same step as in the reference. Returns how many have moved."""
+    """Check that every parameter is that of the reference. Returns the number of those that have moved."""
     moved = 0
     for (name, p), q, s in zip(net.named_parameters(), reference.parameters(), start.parameters()):
         step = (q - s).abs().max().item()
@@ -86,7 +86,7 @@ def agree(net, reference, start):
 # ------------------------------------------------------------------------------------ Sec. 3.2, eq. 1-6
 
 class Counted(torch.optim.SGD):
-    """Gradients as they are, where Adam would hide their scale; counts its steps."""
+    """Plain gradient descent, because Adam would hide the scale of gradients. It counts its steps."""
     steps = 0
 
     def step(self, closure=None):
@@ -101,12 +101,12 @@ def hinge(D, w, x, x_hat, y):
         real, fake = (D.V(image, y_)[0][0] @ w_ + D.b for image in (real, fake))
         terms.append(torch.stack([real, fake, (1 + fake).clamp(min=0) + (1 - real).clamp(min=0)]))
     real, fake, losses = torch.stack(terms).T
-    assert (real < 1).any() and (fake > -1).any()       # else nothing would be tested
+    assert (real < 1).any() and (fake > -1).any()       # otherwise the test would test nothing
     return losses.mean()
 
 
 def content_adversarial_and_matching(D, w, x, x_hat, y):
-    """The terms that eq. 3 and 9 share, for one frame: 100 L1 stands for the content loss."""
+    """The terms that eq. 3 and 9 share, for one frame. 100 times L1 stands for the content loss."""
     (v, fake), (_, real) = D.V(x_hat, y), D.V(x, y)
     score = v[0] @ w + D.b                                              # eq. 5, 8
     return [100 * l1(x_hat, x), -score, 10 * sum(map(l1, fake, real)) / len(real)]
@@ -137,7 +137,7 @@ def reference_step(E, G, D, row, x, y, lr_EG, lr_D, content_weight=1.0, match_we
 # the paper's; the FF variant's; ours
 @pytest.mark.parametrize("content_weight,match_weight", [(1.0, 10.0), (1.0, 0.0), (0.25, 0.3)])
 def test_train_step_is_eq_1_to_6(content_weight, match_weight, double):
-    """Two steps on two batches, E, G and D at rates of their own: gradients, updates, what is logged."""
+    """Two steps with two batches and different learning rates: gradients, updates, and what is logged."""
     cfg, *nets = networks()
     nets[1].P.gain.fill_(3.0)
     standing_still(*nets)
@@ -145,7 +145,7 @@ def test_train_step_is_eq_1_to_6(content_weight, match_weight, double):
     rows = torch.tensor([2, 0]), torch.tensor([3, 2])
     x, y = pictures(2, 2, 3), pictures(2, 2, 3)          # steps, B, K + 1
     near_the_hinge(nets[2], nets[2].W[rows[0]] + nets[2].w0, x[0, :, 0], y[0, :, 0])
-    with torch.no_grad():   # a start at which nothing is zero
+    with torch.no_grad():   # start where nothing is zero
         for net in nets:
             for name, p in net.named_parameters():
                 if name.endswith("gamma"):
@@ -160,7 +160,7 @@ def test_train_step_is_eq_1_to_6(content_weight, match_weight, double):
         values = torch.stack([logged[name] for name in LOGGED])
         assert torch.allclose(values, expected, rtol=1e-6), (values, expected)
         moved = [agree(*three) for three in zip(nets, reference, start)]
-    assert [o.steps for o in optimizers] == [2, 4]                              # 1 : 2 a step
+    assert [o.steps for o in optimizers] == [2, 4]                  # two updates of D for each of G
     assert all(m > 0.7 * len(list(net.parameters())) for m, net in zip(moved, nets)), moved
 
 
@@ -202,7 +202,7 @@ def test_rates_fall_linearly_to_0():
 # ---------------------------------------------------------------------------------------------- the long run
 
 class Few(ToyHeads):
-    """Three people with a frame each, drawn once: quick to load."""
+    """Three people with one frame each, which are drawn only once, to be fast."""
     draw = functools.cache(ToyHeads.draw)
 
     def load(self, i, ts):
@@ -212,7 +212,7 @@ class Few(ToyHeads):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """run(step, *flags): meta_train.main() on three people, with `step` in place of train_step."""
+    """A function run(step, *flags): meta_train.main() on three people, with `step` instead of train_step."""
     def start(step, *flags, rates=[]):
         def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
             assert match_weight == (0 if "--no-match" in flags else 10)
@@ -231,7 +231,7 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags,steps", [([], 113), (["--no-match"], 225)])     # 3 people, batches of 2
 def test_default_epochs(run, flags, steps):
-    """An epoch draws as many episodes as there are videos; 75 of them, 150 for the FF variant."""
+    """An epoch has as many episodes as there are videos. There are 75 epochs, or 150 for the FF variant."""
     seen = []
     folder = run(lambda E, G, D, row, x: seen.append(tuple(x.shape[:2])), "--batch", 2, "--K", 1, *flags)
     assert len(seen) == steps and set(seen) == {(2, 2)}
@@ -247,7 +247,7 @@ def test_the_rates_of_a_run_with_linear_decay(run):
 
 
 def test_another_content_loss_is_another_run(run, monkeypatch, tmp_path):
-    """`--resume` without --vgg19 and --vggface would go on with torchvision's VGG19 and no VGGFace."""
+    """Otherwise `--resume` without --vgg19 and --vggface would continue with another content loss."""
     monkeypatch.setattr(meta_train, "ContentLoss", lambda *files: torch.nn.Identity())
     flags = "--batch", 1, "--K", 1, "--content", "vgg", "--steps"
     for name in ("a.mat", "b.mat"):
@@ -265,7 +265,7 @@ def test_default_batch_and_k_are_the_papers(run):
     (shape, row, W), = seen
     assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}   # 1 + 8 frames (A.1)
     assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, (8, 16, 16), 3, "dlib")
-    # W as it starts in a run
+    # the initial W of a run
     assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6
 
 
@@ -287,7 +287,7 @@ def test_moving_average_by_hand(run, monkeypatch):
 
 
 def test_a_moving_average_leaves_what_has_no_mean():
-    """Spectral normalisation's vectors, and all other buffers, are taken as they are."""
+    """The vectors of spectral normalisation and all other buffers are copied, not averaged."""
     average, net = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(average.weight, 1.0), nn.init.constant_(net.weight, 3.0), net.running_mean.fill_(7.0)
     update_average([average], [net], 0.75)
@@ -298,7 +298,7 @@ def test_a_moving_average_leaves_what_has_no_mean():
 # --------------------------------------------------------------------------------------------- the networks
 
 def test_pooling_is_relu_then_the_sum_by_hand():
-    """A.4: global sum pooling, after ReLU, of the last block's output."""
+    """A.4: ReLU, then global sum pooling, of the last block's output."""
     cfg, E, G, D = networks()
     for net in (E.net, D.V):
         v, features = net.eval()(pictures(2), pictures(2))
@@ -326,11 +326,11 @@ def test_the_generator_depends_on_the_person_and_on_the_pose():
     assert all((pair[0] - pair[1]).abs().mean() > 0.01 for pair in (same_y, same_e))
     psi = G.project(e[:1]).detach().requires_grad_()
     G.render(y[:1], psi).square().sum().backward()
-    assert (psi.grad != 0).float().mean() > 0.7     # every gamma and beta counts, but for dead units
+    assert (psi.grad != 0).float().mean() > 0.7     # every gamma and beta matters, except for dead units
 
 
 def test_w_starts_like_the_embeddings():
-    """W uniform about 0.5, of the embeddings' sign and of little spread; w0 about zero."""
+    """W is uniform around 0.5, positive like embeddings and of little spread; w0 is around zero."""
     torch.manual_seed(0)
     D = Discriminator(Config(64, (8, 16, 64), num_videos=500))
     assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6
@@ -342,7 +342,7 @@ def test_w_starts_like_the_embeddings():
 # ------------------------------------------------------------------------------------ Sec. 3.3, eq. 7-10
 
 class Others:
-    """As likeness.OtherPoses: in each step a pose; there the picture should be grey."""
+    """Stands in for likeness.OtherPoses: draws a pose for each step, in which the picture should be grey."""
 
     def __init__(self, poses):
         self.poses, self.draw = poses, iter(poses).__next__
@@ -352,7 +352,7 @@ class Others:
 
 
 def reference_finetuning(E, G, D, x, y, rates, adversarial, others=None):
-    """Sec. 3.3 one frame at a time, each step on all T of them. rates: of G and D in each step."""
+    """Sec. 3.3, one frame at a time; each step uses all T. rates: those of G and D in each step."""
     x, y = x.split(1), y.split(1)
     e_new = sum(E(x_t, y_t)[0] for x_t, y_t in zip(x, y)).detach() / len(x)     # eq. 7
     psi = (2 * G.P(e_new[None])[0]).detach().requires_grad_()                   # the gain is 2
@@ -395,7 +395,7 @@ def test_finetune_is_eq_7_to_10(as_paper, adversarial, likeness, double, monkeyp
         patch.setattr(torch.optim, "Adam", adam)
         psi, w, history = finetune(*nets, x, y, cfg, ContentLoss("l1"), epochs=2, adversarial=adversarial,
                                    as_paper=as_paper, others=others)
-    steps = [(2e-4, 3e-6)] * 2 if as_paper else [(6e-4, 1e-5), (3e-4, 5e-6)]    # ours: 0 after the last epoch
+    steps = [(2e-4, 3e-6)] * 2 if as_paper else [(6e-4, 1e-5), (3e-4, 5e-6)]    # ours fall to 0
     assert rates == [(lr, (0, 0.999)) for lr in steps[0]]
     psi_start, w_start = reference_finetuning(*copy.deepcopy(reference), x, y, [], True)[:2]
     psi_, w_, history_ = reference_finetuning(*reference, x, y, steps, adversarial, others)
@@ -405,11 +405,11 @@ def test_finetune_is_eq_7_to_10(as_paper, adversarial, likeness, double, monkeyp
         step = (theirs - began).abs().max()
         assert step > 1e-7 and (ours - theirs).abs().max() < 1e-4 * step
     E, G, D = (agree(*three) for three in zip(nets, reference, start))
-    assert E == 0 and G > 20 and D > 20                                         # E stands still
+    assert E == 0 and G > 20 and D > 20                                         # E is not trained
 
 
 def test_other_poses_are_for_dlibs_network():
-    """Without it, as beside VGGFace, there is nothing to know the person by."""
+    """With VGGFace there is no dlib network, so nothing can measure the likeness."""
     points, x = [ToyHeads(1).load(0, [0])[1]], torch.zeros(1, 3, 64, 64)
     assert other_poses(x, points, None) is None and other_poses(x, points, ContentLoss("l1")) is None
     content = ContentLoss("l1", extra=FaceTerm())
@@ -418,11 +418,11 @@ def test_other_poses_are_for_dlibs_network():
     assert first.shape[1:] == (3, 64, 64) and first.min() == -1 < first.max() <= 1
     assert not torch.equal(first, second)
     again = other_poses(x, points, content)
-    assert torch.equal(first, again.draw())     # the same person file from the same photo
+    assert torch.equal(first, again.draw())     # so the same photo gives the same person file
 
 
 class Seen:
-    """As recognition.FaceFeatures: its vectors are the colours and where the face is, which it keeps."""
+    """Stands in for FaceFeatures. Its vectors are the colours and the place of the face."""
 
     def vectors(self, x, points):
         self.points = points
@@ -430,7 +430,7 @@ class Seen:
 
 
 def test_likeness_by_hand():
-    """Who they are: the mean over photos, each by its own landmarks. 20 (1 - cosine), in the poses drawn."""
+    """The target is the mean vector of the photos with their landmarks. The loss is 20 (1 - cosine)."""
     _, points = ToyHeads(1).load(0, range(9))
     x, network = pictures(9), Seen()
     others = OtherPoses(x, [points[:1], points[1:]], network)

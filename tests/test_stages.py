@@ -1,4 +1,4 @@
-"""Each stage as a user runs it, with tiny networks; and what must not go wrong on the way."""
+"""Each stage as a user runs it, with tiny networks, and errors that users make."""
 import csv
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,7 +37,7 @@ def test_meta_training_writes_what_it_promises(tmp_path):
     assert {"cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"} <= rows[0].keys()
     assert all(float(v) == float(v) for r in rows for v in r.values())
     lines = said.splitlines()
-    assert len({len(line) for line in lines}) == 1 and "ETA" in lines[0]        # aligned
+    assert len({len(line) for line in lines}) == 1 and "ETA" in lines[0]        # the columns are aligned
     state = load_checkpoint(tmp_path / "run/step-4.pt")
     config = state["config"]
     assert (config.landmarks, config.content, config.num_videos) == ("dlib", "l1", 1000)
@@ -113,7 +113,7 @@ def test_fine_tuning_fits_the_person():
 
 
 def test_the_switches_of_the_ablations(tmp_path, checkpoint):
-    """A.2: without L'_ADV D's features no longer matter; random starts change psi' or w'.
+    """A.2: without L'_ADV, D's features do not matter any more. Random starts change psi' or w'.
 
     An FF checkpoint may start from a random w'.
     """
@@ -149,7 +149,7 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     assert "the driver shows the same person" in said
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(clip)) as driver:
         stamps = [[float(f.pts * f.time_base) for f in c.decode(video=0)] for c in (result, driver)]
-        assert stamps[0] == pytest.approx(stamps[1], abs=1e-6)                  # variable frame rate included
+        assert stamps[0] == pytest.approx(stamps[1], abs=1e-6)                  # the frame rate varies
         result.seek(0), driver.seek(0)
         sound = [[bytes(p) for p in c.demux(audio=0) if p.size] for c in (result, driver)]
         assert sound[0] == sound[1] and result.streams.video[0].width == 3 * 64
@@ -158,12 +158,12 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     succeed("infer.py", "--person", "p.pt", "--driver", "t.npz", "--compare", "--motion", "absolute",
             "--out", "again.mp4", cwd=tmp_path)
     a, b = ([to_rgb(f) for f in read_video(tmp_path / name)] for name in ("result.mp4", "again.mp4"))
-    assert np.array_equal(a, b)         # a track drives as its video does
+    assert np.array_equal(a, b)         # a track gives the same result as its video
     assert not [f for f in tmp_path.iterdir() if "tmp" in f.name]
 
 
 def test_infer_from_a_photo_is_finetune_then_infer(tmp_path, checkpoint, clip, monkeypatch):
-    assert infer.EPOCHS == 40           # as finetune.py's default, tested above
+    assert infer.EPOCHS == 40           # the default of finetune.py, which is tested above
     monkeypatch.setattr(infer, "EPOCHS", 4)
     lips, adapt = [], infer.adapt
     monkeypatch.setattr(infer, "adapt", lambda *args: lips.append(args[5]) or adapt(*args))
@@ -194,7 +194,7 @@ def test_ctrl_c_says_how_the_next_run_can_start(tmp_path, checkpoint, clip, monk
     kept = ("stopped: start the next run with --person p.pt --driver t.npz (which has no sound) to "
             "continue from here")
     assert said(*photo, "--save-person", "p.pt", "--save-track", "t.npz") == kept
-    assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # as it has just done
+    assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # all of it was saved before
 
 
 @pytest.mark.parametrize("epochs", [0, 2])
@@ -202,7 +202,7 @@ def test_a_grey_photo_makes_a_grey_person(checkpoint, detect, epochs):
     state, content = load_checkpoint(checkpoint), ContentLoss("l1")
     shot, = faces_in(PHOTO, detect, 64)
     grey = np.asarray(Image.fromarray(shot.image).convert("L").convert("RGB"))
-    noisy = grey + np.random.default_rng(0).integers(0, 3, grey.shape, np.uint8)       # as of a JPEG
+    noisy = grey + np.random.default_rng(0).integers(0, 3, grey.shape, np.uint8)       # as in a JPEG
     photo = lambda image: Photo(image[None], shot.points[None])
 
     def drawn(*images, **options):
@@ -213,7 +213,7 @@ def test_a_grey_photo_makes_a_grey_person(checkpoint, detect, epochs):
     assert np.ptp(result, axis=3).max() == 0 and result.std() > 1
     for other in (colours, drawn(grey, shot.image)):
         assert np.ptp(other, axis=3).mean() > 1
-    if not epochs:      # it is as bright as it was
+    if not epochs:      # the picture is as bright as the coloured one
         assert np.abs(result[..., 0] - colours @ LUMINANCE).mean() < 8
 
 
@@ -221,11 +221,11 @@ def test_a_grey_photo_makes_a_grey_person(checkpoint, detect, epochs):
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory, checkpoint, clip):
-    """A folder with one of everything that users get wrong."""
+    """A folder with an example of every file that users get wrong."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "text.jpg").write_text("no picture")
     (folder / "text.mp4").write_text("no video")
-    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:3000])                  # its index was at the end
+    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:3000])     # without the index, which is at the end
     Image.new("RGB", (300, 300)).save(folder / "dark.png")
     Image.open(PHOTO).save(folder / "copy.png")
     write_clip(folder / "dark.mp4", [np.zeros((64, 64, 3), np.uint8)] * 4, np.arange(4) * 512)
@@ -270,7 +270,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
            "out": "result.mp4"} | change
     arguments = [part for k, v in use.items() for part in (f"--{k}", v)]
     if change == {"driver": "dark.mp4"}:
-        # the one that is found out frame by frame, under a progress bar
+        # this one is noticed only while frames are read, below a progress bar
         result = here("infer.py", *arguments, cwd=wrong)
         assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
     elif "checkpoint" in change and "vgg" in change["checkpoint"]:
@@ -303,7 +303,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["evaluate.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
     (["meta_train.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
     (["meta_train.py", "--toy", "--steps", "3", "--epochs", "2"], "--epochs and --steps exclude each other"),
-    (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "must end in .npz"),
+    (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "end in .npz"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "vgg.pt", "--out", "vgg.pt"],
      "it is also an input"),
@@ -326,7 +326,7 @@ def test_other_stages_refuse_wrong_input_in_one_line(wrong, checkpoint, argument
 
 
 def test_every_script_refuses_with_exit_code_2_and_one_line(wrong):
-    """As a process; main() alone is what the tests above call."""
+    """Each script in a process of its own, because the tests above only call main()."""
     commands = [["meta_train.py", "--toy", "--batch", "0"], ["data.py", "--videos", "nowhere"],
                 ["finetune.py", "--photos", "text.jpg"], ["evaluate.py", "--data", "nowhere"],
                 ["infer.py", "--photo", "text.jpg", "--driver", "dark.mp4"]]
@@ -350,4 +350,4 @@ def test_the_bundled_checkpoint_and_track_work(how, tmp_path, monkeypatch):
     means = np.array([to_rgb(frame).mean() for frame in read_video(tmp_path / "result.mp4")])
     assert len(means) == len(load_track(ROOT / "assets/speech.npz").pts)
     assert 40 < means.mean() < 200
-    assert abs(np.diff(means)).max() < 4        # no frame dims or brightens at once
+    assert abs(np.diff(means)).max() < 4        # no frame is suddenly darker or brighter
