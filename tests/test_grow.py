@@ -1,4 +1,4 @@
-"""grow.py: a network starts with what one of half its image size has learned."""
+"""grow.py: a network starts with what one of half its image size has learned. And where bfloat16 is used."""
 import numpy as np
 import pytest
 import torch
