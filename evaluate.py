@@ -33,7 +33,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from beyond.recognition import dlib_recognition
 from beyond.toy import ToyHeads
 from data import PreparedVideos, check_landmarks
 from evaluation.metrics import inception, landmark_error, mean_vector, ssim, torchscript_recognition
@@ -49,6 +48,7 @@ from infer import render
 from losses import ContentLoss
 from media.faces import landmark_detector
 from media.folders import Photo, evenly
+from media.recognition import dlib_recognition
 from runtime.checkpoint import load_checkpoint, load_networks
 from runtime.device import default_device
 from runtime.files import UserError, atomic, check_idle, check_paths, make_parser, run, warn

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from beyond.likeness import other_poses
 from beyond.portrait import (SHUT, are_grey, eye_opening, make_grey, open_eyes_first, warn_of_quality,
                              warn_of_several_people)
-from beyond.recognition import FaceTerm, tell_apart
+from beyond.recognition import FaceTerm
 from data import to_float, to_tensors
 from losses import BETAS, ContentLoss, adversarial_loss, feature_matching_loss, hinge_loss
 from media.faces import landmark_detector
 from media.folders import faces_in
+from media.recognition import tell_apart
 from runtime.checkpoint import load_checkpoint, load_networks, save_checkpoint
 from runtime.device import autocast, default_device
 from runtime.files import UserError, check_least, check_paths, make_parser, run, warn

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from beyond.adapt import adapt, describe, place, views
 from beyond.face3d import fit, load_face3d
-from beyond.recognition import SAME, dlib_recognition, tell_apart
 from data import landmark_images, to_uint8
 from finetune import (CHECKPOINT, EPOCHS, FINETUNING, add_finetuning_flags, content_loss, learn_person,
                       load_for_finetuning, load_photos, save_person)
 from media.encode import SUFFIXES, write_video
 from media.faces import landmark_detector
 from media.folders import evenly
+from media.recognition import SAME, dlib_recognition, tell_apart
 from media.sound import usable_sound
 from media.tracking import is_track, read_crops, read_driver, save_track
 from runtime.checkpoint import load_checkpoint, load_person

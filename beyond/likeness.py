@@ -25,7 +25,7 @@ class OtherPoses:
         """x: photos (T, 3, S, S) in [-1, 1].
 
         points: a list of landmarks (m, 68, 2), one for each photo (m = 1) or clip, T faces in all.
-        network: recognition.FaceFeatures, on the device of x.
+        network: media.recognition.FaceFeatures, on the device of x.
         """
         self.network, self.size, self.device = network, x.shape[-1], x.device
         self.identity = self._vectors(x, np.concatenate(points)).mean(0)        # (128,)

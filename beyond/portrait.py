@@ -2,9 +2,9 @@
 import numpy as np
 import torch
 
-from beyond.recognition import STRANGERS, dlib_recognition
 from media.crops import MADE_UP
 from media.folders import Photo
+from media.recognition import STRANGERS, dlib_recognition
 from runtime.files import warn
 
 SMALL_FACE = 60         # the width of a face in pixels below which the result is blurred

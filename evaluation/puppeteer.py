@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from beyond.adapt import adapt, describe
 from beyond.face3d import load_face3d
-from beyond.recognition import tell_apart
 from data import draw_landmarks
 from evaluation.metrics import change, crossed, mean_people, movements, puppet_identity
 from evaluation.protocol import find_videos, person_of
 from evaluation.report import (SOURCE, as_numbers, csim_title, identity_score, markdown, mean, number,
                                per_cent, read_scores, read_strip, write_scores, write_sheet, write_strip)
 from media.folders import CLIPS, Photo, evenly, is_system
+from media.recognition import tell_apart
 from media.tracking import Track, is_track, read_crops, read_driver
 from runtime.files import UserError, atomic
 

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from importlib.util import find_spec
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -196,34 +195,6 @@ def five_points(points):
     """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, mouth's corners."""
     eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
     return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
-
-
-# ------------------------------------------------------------------------------------------ who it is
-
-STRANGERS = 0.65    # between two vectors; of LFW's people, 1 in 130 seem to be several by the rule below
-
-
-def recogniser():
-    """-> vector(image uint8 (H, W, 3), points (68, 2)): 128 numbers that say who it is.
-
-    By dlib itself, at 60 ms a face. beyond/recognition.py has its network in PyTorch, for all that is not
-    preparing a folder.
-    """
-    import dlib
-    network = dlib.face_recognition_model_v1(dlib_model("dlib_face_recognition_resnet_model_v1.dat"))
-
-    def vector(image, points):
-        parts = [dlib.point(round(x), round(y)) for x, y in points.tolist()]
-        shape = dlib.full_object_detection(dlib.rectangle(0, 0, *image.shape[1::-1]), parts)
-        return np.array(network.compute_face_descriptor(image, shape))
-
-    return vector
-
-
-def are_several(vectors):
-    """Whether at least half of the pairs of faces are of two people. vectors: of recogniser()."""
-    strangers = [np.linalg.norm(a - b) > STRANGERS for a, b in combinations(vectors, 2)]
-    return bool(strangers) and np.mean(strangers) >= 0.5
 
 
 # ------------------------------------------------------------------------------------------ which face

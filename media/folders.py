@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from media.crops import MADE_UP, crop, face_box, inside, made_up, to_crop
 from media.decode import count_frames, read_video, to_rgb, to_srgb_from_hdr
-from media.faces import (TURNED, are_several, landmark_detector, recogniser, upright, which_face,
-                         words_on_choice)
+from media.faces import TURNED, landmark_detector, upright, which_face, words_on_choice
 from media.photos import read_photo
+from media.recognition import are_several, dlib_recognition
 from media.tracking import track_video
 from runtime.device import free_memory, usable_cores
 from runtime.files import (UserError, leave_on_signals, make_folder, pass_on_want_of_memory, save_tensors,
@@ -205,7 +205,7 @@ def _start_worker(kind):
     global _detect, _recognise
     leave_on_signals(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     torch.set_num_threads(1)
-    _detect, _recognise = landmark_detector(kind), recogniser()
+    _detect, _recognise = landmark_detector(kind), dlib_recognition()
 
 
 def _job(*arguments):

@@ -1,7 +1,5 @@
 """Which face of a video is looked at, and who that is."""
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,12 +8,6 @@ from media.faces import NEARLY, SURE, overlap, where, which_face
 
 LATER = 0.25    # the weight of a frame of anybody but the first person: others may stand in for a while
 PEOPLE = 20     # are remembered
-
-
-class Recognition(NamedTuple):
-    """Tells people apart. It is asked only where there is a choice between faces."""
-    vector: Callable    # (frame uint8 (S, S, 3), points (68, 2)) -> numbers of norm 1 that say who it is
-    same: float         # two whose product is above this show one person
 
 
 class Person:

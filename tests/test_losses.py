@@ -12,11 +12,12 @@ from torchvision.models.vgg import cfgs
 from conftest import PHOTO, ROOT, networks
 from data import to_float, to_uint8
 import losses
-from beyond.recognition import FaceFeatures, FaceTerm, face_chips
+from beyond.recognition import FaceTerm
 from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss,
                     read_matconvnet as read_uncached)
 from media.faces import dlib_model, landmark_detector
 from media.photos import read_photo
+from media.recognition import FaceFeatures, face_chips
 from runtime.files import UserError
 
 read_matconvnet = functools.cache(read_uncached)

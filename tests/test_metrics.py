@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from beyond.recognition import dlib_recognition
 from conftest import PHOTO, ROOT
 from evaluation import metrics, report
 from media.crops import crop, face_box, to_crop
 from media.photos import read_photo
+from media.recognition import dlib_recognition
 
 LFW = ROOT.parent / "shared/data/lfw"
 

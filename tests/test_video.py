@@ -9,11 +9,10 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from beyond.recognition import tell_apart
 from conftest import PHOTO, moving, write_clip
 from media import decode, encode, faces, folders, photos, sound, tracking
 from media.crops import face_box
-from media.following import Recognition
+from media.recognition import Recognition, tell_apart
 from runtime.files import UserError
 
 
