@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from media.crops import MADE_UP
-from media.folders import default_workers, prepare
+from media.prepare import default_workers, prepare
 from runtime.device import usable_cores
 from runtime.files import UserError, make_parser, pass_on_want_of_memory, run, warn
 from runtime.resume import worker_signals

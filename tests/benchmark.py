@@ -58,7 +58,7 @@ import finetune as stage2  # noqa: E402
 import infer as stage3  # noqa: E402
 import meta_train  # noqa: E402
 from losses import VGG19_LAYERS, VGGFACE_LAYERS, ContentLoss, Features  # noqa: E402
-from media import decode, encode, faces, folders, tracking  # noqa: E402
+from media import decode, encode, faces, prepare, recognition, tracking  # noqa: E402
 from model import Config, Discriminator, Embedder, Generator  # noqa: E402
 from runtime import device  # noqa: E402
 
@@ -213,8 +213,8 @@ def data_():
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/a.mp4", 100, 224)
         parts = lambda: [detect(decode.to_rgb(f)) for f in decode.read_video(f"{folder}/a.mp4")]
-        folders._detect = detect
-        whole = lambda: folders._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
+        prepare._detect, prepare._recognise = detect, recognition.dlib_recognition()
+        whole = lambda: prepare._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
         times = best({"parts": parts, "whole": whole}, 3)
         print("data, one core")
         row("decoding and detection alone, 224 pixels", f"{100 / times['parts']:.0f} frames/s")

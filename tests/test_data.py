@@ -128,7 +128,7 @@ def test_preparing_a_folder(videos, tmp_path):
     files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert files == ["id1/vid1.pt", "loose.mp4.pt", "person.pt", "vox1/name.pt"]
     for words in ("4 sequences", "broken/a.mp4", "dark/none.mp4", "empty: no videos", "0 were there already",
-                  "person: neither videos nor photos: notes.txt"):
+                  "person: skipped files that are neither videos nor photos: notes.txt"):
         assert words in said
     prepared = data.PreparedVideos(tmp_path / "out")
     counts = [len(torch.load(f, weights_only=True)["landmarks"]) for f in prepared.files]
@@ -157,7 +157,7 @@ def test_several_people_in_one_folder_and_photos_above_max_frames_are_told(tmp_p
     command = ["data.py", "--videos", "flat", "--landmarks", "dlib", "--image-size", "64", "--workers", "1"]
     said = succeed(*command, "--out", "out", cwd=tmp_path)
     line, = (line for line in said.splitlines() if "several people" in line)
-    assert line.startswith("  flat: the files seem") and "give each a folder" in line
+    assert line.startswith("  flat: the files seem") and "give each person a folder" in line
     assert "left out" not in said
     said = succeed(*command, "--out", "few", "--max-frames", "2", cwd=tmp_path)
     assert "left out by --max-frames 2: 3 photos and clips of _photos, her\n" in said

@@ -259,7 +259,7 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
 
 def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
-    with pytest.raises(UserError, match="no face found in .*dark.png, however turned"):
+    with pytest.raises(UserError, match="no face found in .*dark.png, not even with the photo rotated"):
         list(folders.faces_in(tmp_path / "dark.png", detect, 128))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from media.folders import default_workers
+from media.prepare import default_workers
 from runtime import device, files
 from runtime.files import UserError, atomic, check_paths
 from runtime.resume import clear
