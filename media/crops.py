@@ -1,16 +1,20 @@
-"""The one crop of all stages: where it lies, how it holds still in a video, and how its border is filled."""
+"""The crop around a face that all stages share: its box, its motion in a video, and its pixels.
+
+    box = face_box(points)                  # (3,): centre x, y and half side
+    picture = crop(image, box, 256)         # uint8 (256, 256, 3)
+"""
 import numpy as np
 from PIL import Image
 
-JERK = 0.15     # of half a crop: the face moves at least so far at a cut that matters
-MADE_UP = 0.1   # crops of which a larger share lies beyond the picture's border are not trained on
-ZOOM = 0.07     # a larger jump of growth() may be a cut; of 20 clips without one, the largest is 0.061
+JERK = 0.15     # the least motion of the face at a cut, in halves of the crop; cuts with less are ignored
+MADE_UP = 0.1   # training does not use crops of which a larger share lies beyond the picture's border
+ZOOM = 0.07     # a larger value of growth() may be a cut; the largest in 20 clips without cuts is 0.061
 
 
 def face_box(points):
-    """The one crop of all stages: points (..., 68, 2) -> (..., 3), centre x, y and half side.
+    """The box of a face's crop: landmarks (..., 68, 2) -> (..., 3), centre x, y and half side in pixels.
 
-    Centred between eyes and mouth: VoxCeleb's own frames end not far above the brows.
+    The centre is between eyes and mouth, because VoxCeleb's own frames end not far above the brows.
     """
     eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
     mouth = points[..., [48, 54], :].mean(-2)
@@ -22,10 +26,10 @@ def face_box(points):
 
 
 def steady_boxes(points, times, shot):
-    """face_box for a video: a Gaussian mean over about a second either side, so that it does not jitter.
+    """Boxes for the frames of a video that do not jitter: landmarks (n, 68, 2) -> (n, 3).
 
-    points (n, 68, 2), times (n,) in seconds, shot (n,) of shots() -> (n, 3).
-    Nothing is averaged across a cut.
+    Each is a Gaussian mean of face_box() with a standard deviation of one second, within its shot.
+    times (n,) in seconds.  shot (n,): from shots().
     """
     boxes = face_box(points)
     result = np.empty_like(boxes)
@@ -39,8 +43,9 @@ def steady_boxes(points, times, shot):
 def shots(points, found, cuts):
     """The number of each frame's shot: points (n, 68, 2), found and cuts (n,) of a Track -> (n,).
 
-    A new one begins where the face jumps by half a crop, or its size does. Where the pictures show a cut,
-    less is enough, but a flash or a jerk of the camera, which look like one, leave the face about as it is.
+    A new shot begins where the face jumps by half a crop, or changes its size at once and for good. At a
+    visible cut a smaller change is enough, but some change is needed, because a flash or a shaking camera
+    looks like a cut, too, and leaves the face about where it was.
     """
     half = face_box(points)[:, 2]
     moves = np.linalg.norm(np.diff(points, axis=0, prepend=points[:1]), axis=2).mean(1)
@@ -49,21 +54,22 @@ def shots(points, found, cuts):
 
 
 def zooms(points, found):
-    """Where the size of the face jumps from one frame to the next, and stays: (n,) bool.
+    """Whether the size of the face jumps at a frame and stays there: (n,) bool.
 
-    A head that leans forward quickly takes several frames, and a slip of the detector does not stay.
+    When a head quickly leans forward, its size changes over several frames. When the detector makes an error,
+    the size does not stay.
     """
     change = growth(points) * (found & np.roll(found, 1))
     size, result = np.cumsum(change), np.zeros(len(change), bool)
     for k in np.flatnonzero(np.abs(change) > ZOOM):
-        beside = np.abs(np.concatenate([change[max(0, k - 2):k], change[k + 1:k + 3]])).max(initial=0)
-        stays = np.median(size[k:k + 5]) - np.median(size[max(0, k - 5):k])
-        result[k] = abs(change[k]) > 2.5 * beside and stays / change[k] > 0.6
+        nearby = np.abs(np.concatenate([change[max(0, k - 2):k], change[k + 1:k + 3]])).max(initial=0)
+        lasting = np.median(size[k:k + 5]) - np.median(size[max(0, k - 5):k])
+        result[k] = abs(change[k]) > 2.5 * nearby and lasting / change[k] > 0.6
     return result
 
 
 def growth(points):
-    """The logarithm of how much larger each face is than the one before, by all but the mouth: (n,)."""
+    """The logarithm of each face's size relative to the face before, measured without the mouth: (n,)."""
     rigid = points[:, :48] - points[:, :48].mean(1, keepdims=True)
     z = rigid[..., 0] + 1j * rigid[..., 1]
     before = np.concatenate([z[:1], z[:-1]])
@@ -71,20 +77,20 @@ def growth(points):
 
 
 def inside(box, image):
-    """A box (3,) moved into the picture as far as it fits: what lies beyond can only be made up. -> (3,)"""
-    room = np.array(image.shape[1::-1]) - 2 * box[2]        # in x and y; negative where the box is too large
+    """A box (3,), moved so that as little of it as possible lies beyond the picture's border -> (3,)."""
+    room = np.array(image.shape[1::-1]) - 2 * box[2]        # in x and y; negative if the box is too large
     corner = np.clip(box[:2] + 0.5 - box[2], np.minimum(room / 2, 0), np.maximum(room / 2, room))
     return np.append(corner + box[2] - 0.5, box[2])
 
 
 def crop(image, box, size):
-    """image uint8 (H, W, 3), box (3,) of face_box -> uint8 (size, size, 3), antialiased.
+    """image uint8 (H, W, 3), box (3,) as of face_box() -> uint8 (size, size, 3), antialiased.
 
-    What lies beyond the picture's border has to be made up: there the border's colours go on, ever more
-    blurred, so that no network is shown an eye or a mouth where none is.
+    Beyond the picture's border, the colours of the border continue and become more and more blurred. They are
+    not mirrored, because then the networks would see a second eye or mouth.
     """
     height, width = image.shape[:2]
-    (x, y), half = box[:2] + 0.5, box[2]        # +0.5: from pixel centres to the edges that PIL counts in
+    (x, y), half = box[:2] + 0.5, box[2]        # +0.5, because PIL's coordinates start at a pixel's edge
     edges = np.array([x - half, y - half, x + half, y + half])
     beyond = np.array([-edges[0], -edges[1], edges[2] - width, edges[3] - height])
     left, top, right, bottom = np.ceil(beyond).clip(0).astype(int)
@@ -93,7 +99,7 @@ def crop(image, box, size):
         edges += (left, top, left, top)
     result = np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, box=tuple(edges)))
     if left or top or right or bottom:
-        centres = (np.arange(size) + 0.5) * 2 * half / size             # of the crop's pixels, from its edge
+        centres = (np.arange(size) + 0.5) * 2 * half / size         # of the crop's pixels, from its edge
         known_x = (x - half + centres > 0) & (x - half + centres < width)
         known_y = (y - half + centres > 0) & (y - half + centres < height)
         result = fill_unknown(result, known_y[:, None] & known_x)
@@ -101,17 +107,18 @@ def crop(image, box, size):
 
 
 def made_up(box, image):
-    """The share of a crop, 0 to 1, that lies beyond the border of a picture and has to be made up."""
+    """The share of a box (3,), 0 to 1, that lies beyond the picture's border, so that crop() makes it up."""
     middle, half = box[:2] + 0.5, box[2]
     size = np.array(image.shape[1::-1])
-    shown = np.minimum(middle + half, size) - np.maximum(middle - half, 0)     # in x and in y
-    return 1 - np.prod(shown.clip(0) / (2 * half))
+    inner = np.minimum(middle + half, size) - np.maximum(middle - half, 0)      # width and height inside
+    return 1 - np.prod(inner.clip(0) / (2 * half))
 
 
 def fill_unknown(image, known):
-    """uint8 (S, S, 3), known (S, S) bool -> the same with every other pixel made up from the known ones.
+    """image uint8 (S, S, 3), known (S, S) bool -> the image with its unknown pixels filled in.
 
-    By halves: a pixel without a known one near it takes the mean of a larger neighbourhood.
+    They are filled from copies of half, a quarter, an eighth ... of the size: the farther a pixel is from the
+    known ones, the larger is the neighbourhood whose mean it takes.
     """
     if known.all() or not known.any():
         return image
@@ -119,7 +126,7 @@ def fill_unknown(image, known):
 
 
 def _fill(image, weight):
-    """image float32 (H, W, 3), weight (H, W): how much of each pixel is known, 0 to 1 -> (H, W, 3)."""
+    """image float32 (H, W, 3), weight (H, W): the known share of each pixel, 0 to 1 -> (H, W, 3)."""
     if weight.min() >= 1 or min(weight.shape) == 1:
         mean = (image * weight[..., None]).sum((0, 1)) / weight.sum()
         return np.where(weight[..., None] > 0, image, mean)
@@ -137,9 +144,9 @@ def _fill(image, weight):
 
 
 def to_crop(points, box, size):
-    """Points in the image (..., 68, 2) -> in pixels of its crop by `box` (..., 3)."""
+    """points (..., 68, 2) in pixels of the image -> in pixels of its crop by `box` (..., 3)."""
     centre, half = np.split(box[..., None, :], [2], axis=-1)
-    result = np.subtract(points, centre - half, dtype=np.float32)    # in place: a long driver has many
+    result = np.subtract(points, centre - half, dtype=np.float32)   # in place: a long driver has many points
     result *= (size / (2 * half)).astype(np.float32)
     result -= 0.5
     return result

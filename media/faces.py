@@ -1,7 +1,7 @@
-"""Faces in pictures: the detectors of the 68 landmarks, and which of several faces is meant.
+"""Faces in pictures: detectors of faces and of their 68 landmarks, and which of several faces to use.
 
     detect = landmark_detector("dlib")
-    points = detect(read_photo("x.jpg"))        # (68, 2), or None
+    points = detect(read_photo("x.jpg"))        # (68, 2), or None without a face
 """
 import os
 import re
@@ -15,11 +15,11 @@ from PIL import Image
 
 from runtime.files import UserError
 
-SURE = 0.5      # a face of this score is hardly ever a false one (dlib's scale: most faces have 1 to 3)
-NEARLY = 0.4    # of the surest one's score: faces that the detector is nearly as sure of
-CUT_WIDTH = 400     # pixels of a face's box in the enlarged copy that its landmarks are predicted on
+SURE = 0.5          # faces with at least this score are hardly ever false (on dlib's scale, most have 1 to 3)
+NEARLY = 0.4        # the detector is nearly as sure of faces with at least this share of the best score
+CUT_WIDTH = 400     # landmarks are predicted on a copy in which the face's box has at least this width
 
-MIRRORED = np.r_[                                   # which point a mirrored face has in each place
+MIRRORED = np.r_[       # points[MIRRORED], with x mirrored, are the landmarks of the mirrored picture
     16:-1:-1, 26:16:-1,                             # jaw, brows
     27:31, 35:30:-1,                                # nose
     45:41:-1, 47, 46, 39:35:-1, 41, 40,             # eyes
@@ -30,8 +30,8 @@ MIRRORED = np.r_[                                   # which point a mirrored fac
 
 class Face(NamedTuple):
     box: tuple          # left, top, right, bottom in pixels of the picture
-    score: float        # how sure the detector is: above 0; SURE or more is good
-    side: int = 0       # the longer side of the shrunken copy that it was found on
+    score: float        # the detector's confidence, above 0
+    side: int = 0       # the longer side in pixels of the scaled copy on which it was found
 
     def width(self):
         return self.box[2] - self.box[0]
@@ -42,64 +42,64 @@ class Face(NamedTuple):
 
 
 class Detector:
-    """detect(image uint8 (H, W, 3)) -> points (68, 2) float32 of the face that is meant, or None.
+    """detect(image uint8 (H, W, 3)) -> landmarks (68, 2) float32 of the face to use, or None without a face.
 
-    Build it once: that takes a second or more.
+    Use one object for all pictures, because building it takes a second or more.
     """
 
-    kind: str           # fan | dlib: landmarks of one kind are not those of the other
-    sides = (0,)        # of the copies that faces() looks at; one that has no choice gives a 0
-    margin: float       # how much around a face's box predict() looks at, in widths of the box
+    kind: str           # "fan" or "dlib"; a network that was trained with one must be given the same
+    sides = (0,)        # the sizes (longer side) of the copies that faces() searches; (0,) if it has one only
+    margin: float       # how much of the surroundings predict() is given, in widths of the face's box
 
     def __call__(self, image):
         faces = self.faces(image)
         return self.landmarks(image, which_face(faces, image)) if faces else None
 
     def faces(self, image, sides=None):
-        """image uint8 (H, W, 3) -> [Face], the surest first.
+        """image uint8 (H, W, 3) -> [Face], the highest score first.
 
-        sides: of the shrunken copies to look at one by one, until a face is sure; None: all of self.sides.
+        sides: the sizes of the scaled copies to search in turn until a face is sure; None means self.sides.
         """
         raise NotImplementedError
 
     def landmarks(self, image, face):
-        """-> points (68, 2) float32 of one of the faces, with sub-pixel positions.
+        """-> landmarks (68, 2) float32 of one of the faces, in pixels of the image, with sub-pixel positions.
 
-        Both predictors return whole pixels of the picture they are given, and dlib's reads pixels without
-        interpolation. So they are given an enlarged copy of the face, and the points are mapped back.
+        Both predictors return whole pixels, and dlib's reads its input without interpolation. They are
+        therefore given an enlarged copy of the face, and their points are mapped back.
         """
         left, top, right, bottom = face.box
         width, margin = right - left, self.margin * (right - left)
         x0, y0 = max(0, int(left - margin)), max(0, int(top - margin))
         cut = image[y0:int(bottom + margin) + 1, x0:int(right + margin) + 1]
         large = np.asarray(rescaled(cut, max(1, CUT_WIDTH / width)))
-        scale = np.array(large.shape[1::-1]) / cut.shape[1::-1]         # of x and y: sizes are rounded
+        scale = np.array(large.shape[1::-1]) / cut.shape[1::-1]     # x and y can differ a little by rounding
         corners = (np.array([[left, top], [right, bottom]]) + 0.5 - (x0, y0)) * scale - 0.5
         points = self.predict(large, corners.ravel())
         return ((points + 0.5) / scale - 0.5 + (x0, y0)).astype(np.float32)
 
     def predict(self, image, box):
-        """-> points (68, 2) of the face in this box (left, top, right, bottom), in whole pixels."""
+        """-> points (68, 2), in whole pixels, of the face in this box (left, top, right, bottom)."""
         raise NotImplementedError
 
 
 def landmark_detector(kind):
     """-> a Detector.
 
-    kind "fan": face-alignment, the paper's detector [7].
-    kind "dlib": the same 68 points, offline and fast on a CPU.
+    kind "fan": face-alignment, the paper's detector [7]. Its weights are downloaded once; raises UserError if
+    that fails.  kind "dlib": dlib's detector of the same 68 points, offline and fast on a CPU.
     """
     return {"fan": FanDetector, "dlib": DlibDetector}[kind]()
 
 
 def dlib_model(name):
-    """The path of a file in face_recognition_models, which cannot be imported under current setuptools."""
+    """The path of a file of face_recognition_models, a package that current setuptools cannot import."""
     return os.path.join(find_spec("face_recognition_models").submodule_search_locations[0], "models", name)
 
 
 class DlibDetector(Detector):
     kind = "dlib"
-    sides = (256, 512, 1024)    # it sees faces of 80 pixels and more; small copies are quick: first
+    sides = (256, 512, 1024)    # small copies first, because they are fast; faces have 80 pixels or more
     margin = 0.4
 
     def __init__(self):
@@ -111,13 +111,14 @@ class DlibDetector(Detector):
     def faces(self, image, sides=None):
         found = []
         for side in sides or self.sides:
-            found = without_doubles(found + self.faces_at(image, side))
-            a_choice = len(found) > 1 and side < 512        # worth a second look
-            if found and found[0].score >= SURE and not a_choice:
+            found = without_duplicates(found + self.faces_at(image, side))
+            choice = len(found) > 1 and side < 512      # then a larger copy can tell which one is better
+            if found and found[0].score >= SURE and not choice:
                 break
         return found
 
     def faces_at(self, image, side):
+        """-> [Face] on a copy of the image whose longer side has this many pixels."""
         scale = side / max(image.shape[:2])
         boxes, scores, _ = self.detector.run(np.asarray(rescaled(image, scale)), 0, 0.0)
         edges = [(b.left(), b.top(), b.right(), b.bottom()) for b in boxes]
@@ -136,7 +137,7 @@ class FanDetector(Detector):
         import face_alignment
         download_fan_weights()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:    # compile=False: the default spends minutes compiling on a CPU
+        try:    # compile=False, because compiling takes minutes on a CPU
             kind = face_alignment.LandmarksType.TWO_D
             self.fan = face_alignment.FaceAlignment(kind, device=device, compile=False)
         except (OSError, RuntimeError) as e:
@@ -145,9 +146,9 @@ class FanDetector(Detector):
     def faces(self, image, sides=None):
         scale = self.scale(image)
         boxes = self.fan.face_detector.detect_from_image(np.asarray(rescaled(image, scale)))
-        # its scores are probabilities from 0.5 to 1; 0 to 2 here: SURE then means as much as with dlib
+        # its scores are probabilities from 0.5 to 1, which become 0 to 2, so that SURE fits both detectors
         found = [Face(tuple(float(v) / scale for v in box[:4]), 4 * float(box[4]) - 2) for box in boxes]
-        return without_doubles(found)
+        return without_duplicates(found)
 
     def predict(self, image, box):
         points = self.fan.get_landmarks_from_image(image, detected_faces=[np.array([*box, 1.0])])
@@ -155,11 +156,14 @@ class FanDetector(Detector):
 
     @staticmethod
     def scale(image):
-        return min(1, 640 / max(image.shape[:2]))   # its face detector takes minutes over a whole photo
+        return min(1, 640 / max(image.shape[:2]))   # its face detector needs minutes for a large photo
 
 
 def download_fan_weights():
-    """Once; the library would not check the hash that the names carry."""
+    """Download face-alignment's weights if they are missing, and check the hashes that their names contain.
+
+    The library itself would download them without this check.
+    """
     import face_alignment
     from face_alignment.detection.sfd import sfd_detector
     folder = fan_folder()
@@ -171,7 +175,7 @@ def download_fan_weights():
                 print(f"Downloading {url} to {path}", file=sys.stderr)
                 published = re.search(r"-([0-9a-f]{8,})\.", url)
                 torch.hub.download_url_to_file(url, path, hash_prefix=published and published[1])
-    except (OSError, RuntimeError) as e:  # no network, a wrong hash
+    except (OSError, RuntimeError) as e:    # no network, or a wrong hash
         raise no_fan_weights(e) from None
 
 
@@ -180,19 +184,19 @@ def fan_folder():
 
 
 def no_fan_weights(error):
-    return UserError(f"cannot get the weights of face-alignment ({error}): "
-                     f"put them into {fan_folder()} yourself, or prepare with data.py --landmarks dlib")
+    return UserError(f"cannot download the weights of face-alignment ({error}): put the files into "
+                     f"{fan_folder()} yourself, or prepare the videos with data.py --landmarks dlib")
 
 
 def rescaled(image, scale):
-    """uint8 (H, W, 3) -> a PIL picture, `scale` times as large."""
+    """uint8 (H, W, 3) -> a PIL picture whose width and height are `scale` times as large."""
     height, width = image.shape[:2]
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return Image.fromarray(image).resize(size, Image.BILINEAR)
 
 
 def five_points(points):
-    """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, mouth's corners."""
+    """Landmarks (..., 68, 2) -> (..., 5, 2): the person's right eye, left eye, nose, corners of the mouth."""
     eyes = [points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)]
     return np.stack([*eyes, points[..., 30, :], points[..., 48, :], points[..., 54, :]], axis=-2)
 
@@ -209,8 +213,8 @@ def overlap(a, b):
     return width * height / (sum(areas) - width * height)
 
 
-def without_doubles(faces):
-    """[Face], the surest first, each face once: on copies of several sizes it is found several times."""
+def without_duplicates(faces):
+    """[Face] -> the same without faces that were found on several copies, the highest score first."""
     kept = []
     for face in sorted(faces, key=lambda f: f.score, reverse=True):
         if all(overlap(face.box, other.box) < 0.3 for other in kept):
@@ -219,35 +223,34 @@ def without_doubles(faces):
 
 
 def which_face(faces, image):
-    """The face that is meant: the one the detector is surest of.
+    """-> the Face to use: among those with nearly the best score, a large one near the middle.
 
-    Size and place decide among those it is nearly as sure of. Of 134 photos of LFW with several boxes, 2 then
-    show another than the central person.
+    For 134 photos of LFW with several boxes, it is the person in the middle in all but 2.
     """
     middle = np.array(image.shape[1::-1]) / 2
     surest = max(face.score for face in faces)
 
     def merit(face):
-        distance = np.linalg.norm((face.centre() - middle) / middle)     # 0 to 1 along an axis
+        distance = np.linalg.norm((face.centre() - middle) / middle)    # 1 at the middle of a border
         return face.width() * np.exp(-distance) * face.score ** 0.5
 
     return max((face for face in faces if face.score >= NEARLY * surest), key=merit)
 
 
 def words_on_choice(faces, chosen, path):
-    """One line where there was a real choice, else None."""
+    """-> a line for the user if the photo shows several faces that the detector is sure of, else None."""
     sure = [face for face in faces if face is chosen or face.score >= SURE]
     if len(sure) < 2:
         return None
     other = "the other" if len(sure) == 2 else "another"
     place = where(chosen, sure)
-    return f"{len(sure)} faces in {path}: took the one {place}; crop the photo to choose {other}"
+    return f"{len(sure)} faces in {path}: used the one {place}; crop the photo to use {other}"
 
 
 def where(face, faces):
-    """"on the left", "in the middle" and so on: the place of one of the faces among them."""
+    """The place of a face among these faces in words, such as "on the left" or "in the middle"."""
     centres = np.array([f.centre() for f in faces])
-    axis = int(np.argmax(np.ptp(centres, axis=0)))      # the one along which they lie apart
+    axis = int(np.argmax(np.ptp(centres, axis=0)))      # the axis along which they are farthest apart
     place, places = face.centre()[axis], centres[:, axis]
     if place <= places.min():
         return ("on the left", "at the top")[axis]
@@ -256,12 +259,16 @@ def where(face, faces):
     return "in the middle"
 
 
-TURNED = {1: "lies on its side: turned it to the left", 2: "is upside down: turned it round",
-          3: "lies on its side: turned it to the right"}
+TURNED = {1: "lies on its side, so it was rotated to the left",       # a line for each k of upright()
+          2: "is upside down, so it was rotated by 180 degrees",
+          3: "lies on its side, so it was rotated to the right"}
 
 
 def upright(image, detector):
-    """-> (image, [Face], k): one that lies on its side or head is turned by k times 90 degrees (np.rot90)."""
+    """Rotate a photo that lies on its side or is upside down, which the faces in it show.
+
+    image uint8 (H, W, 3) -> np.rot90(image, k), the [Face] in it, and k.
+    """
     best = image, detector.faces(image), 0
     sure = best[1][0].score if best[1] else 0.0
     if sure >= SURE:
@@ -269,6 +276,6 @@ def upright(image, detector):
     for k in (1, 3, 2):
         turned = np.ascontiguousarray(np.rot90(image, k))
         faces = detector.faces(turned)
-        if faces and faces[0].score >= sure + SURE:     # clearly surer than as it lies
+        if faces and faces[0].score >= sure + SURE:     # clearly surer than without rotation
             best, sure = (turned, faces, k), faces[0].score
     return best

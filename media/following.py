@@ -1,4 +1,4 @@
-"""Which face of a video is looked at, and who that is."""
+"""Following one person through a video: which of the faces in each frame is that person's."""
 import math
 
 import numpy as np
@@ -6,21 +6,22 @@ import numpy as np
 from media.crops import crop, face_box, to_crop
 from media.faces import NEARLY, SURE, overlap, where, which_face
 
-LATER = 0.25    # the weight of a frame of anybody but the first person: others may stand in for a while
-PEOPLE = 20     # are remembered
+LATER = 0.25    # the weight of a frame of anybody but the first person, as others may be shown for a while
+PEOPLE = 20     # the number of people that are remembered
 
 
 class Person:
-    """Somebody who was followed for a while. worth: the weight of a frame."""
+    """Somebody who was followed for a while. worth: the weight of each frame."""
 
     def __init__(self, worth):
         self.worth, self.frames = worth, 0
-        self.score, self.picture = 0.0, None    # the close-up of the surest one
+        self.score, self.picture = 0.0, None    # the close-up with the highest score
 
     def weight(self):
         return self.worth * self.frames
 
     def followed(self, image, points, score):
+        """Count a frame in which this person was followed."""
         self.frames += 1
         if score > self.score:
             self.score, self.picture = score, close_up(image, points)
@@ -33,46 +34,54 @@ class Person:
 
 
 def close_up(image, points, size=256):
-    """-> the face's crop uint8 (size, size, 3) and the landmarks (68, 2) in it."""
+    """-> the crop of a face uint8 (size, size, 3), and its landmarks (68, 2) in pixels of the crop."""
     box = face_box(points)
     return crop(image, box, size), to_crop(points, box, size)
 
 
 class Follower:
-    """Which face of a video is looked at: within a shot the one that was followed.
+    """Follows a face from frame to frame.
 
-    It is chosen anew only after a cut, or a second without it. With a `recognition`, whoever was followed
-    most is then preferred, and is gone back to where somebody else has been followed meanwhile.
+    Within a shot it stays with the same face. After a cut, or a second without that face, it chooses again.
+    With a `recognition`, it then prefers the person who has been followed most, and it returns to that person
+    as soon as they appear beside somebody else.
     """
 
-    LOST = 1.0          # seconds without the followed face, after which another one may be chosen
-    PATIENCE = 0.5      # seconds between two looks at what takes long: large copies, who the others are
+    LOST = 1.0          # seconds without the followed face after which another one may be chosen
+    PATIENCE = 0.5      # seconds between two uses of what is slow: large copies, and recognition
 
     def __init__(self, detector, recognition=None, turns=0):
+        """detector: a faces.Detector.  recognition: a recognition.Recognition, or None for not using one.
+
+        turns: the frames are rotated by this many times 90 degrees (np.rot90) before look() sees them.
+        """
         self.detector, self.recognition, self.turns = detector, recognition, turns
-        self.people, self.person = [], None     # those who were followed, and the one who is now
-        self.compared = -math.inf   # when the faces beside a substitute were looked at last, in seconds
-        self.face = None            # the followed one, where it was seen last
-        self.seen = -math.inf       # when, in seconds
-        self.missed = 0             # looks since then
-        self.searched = -math.inf   # when the large copies were looked at last
-        self.thumbnail = None       # of the frame before, to tell a cut
-        self.looks = self.with_others = self.choices = self.returns = 0
-        self.place = None           # of the face that was chosen first among others, in words
-        self.turned = np.zeros(4, int)  # how many of the searches showed a face with the frame turned so
+        self.people, self.person = [], None     # all who were followed, and who is followed now
+        self.compared = -math.inf   # the time in seconds at which faces were compared with the people last
+        self.face = None            # the followed face when it was seen last
+        self.seen = -math.inf       # the time of that, in seconds
+        self.missed = 0             # the number of frames since then
+        self.searched = -math.inf   # the time at which large copies were searched last
+        self.thumbnail = None       # of the previous frame, by which cuts are detected
+        self.looks = self.with_others = self.choices = self.returns = 0     # counts for report()
+        self.place = None           # the place, in words, of the face that was first chosen among several
+        self.turned = np.zeros(4, int)  # the number of frames with a face if rotated by k * 90 degrees, by k
 
     def is_cut(self, thumbnail):
-        """Whether a new shot begins: this small copy (32, 32) has little in common with the one before."""
+        """Whether a new shot begins here. thumbnail: the frame in grey, uint8 (32, 32)."""
         before, self.thumbnail = self.thumbnail, thumbnail.astype(np.float32)
         return before is None or bool(np.abs(self.thumbnail - before).mean() > 20)
 
     def look(self, image, seconds, cut):
-        """image uint8 (H, W, 3) -> points (68, 2) of the followed face, None where it is not to be seen."""
+        """image uint8 (H, W, 3) -> landmarks (68, 2) of the followed face, or None if it is not visible.
+
+        seconds: the frame's time.  cut: whether a new shot has begun since the last look.
+        """
         self.looks += 1
         lost = self.missed >= 2 and seconds - self.seen > self.LOST
         if self.face is not None and not cut and not lost:
             faces, chosen = self.find_again(image)
-            chosen = self.back_to_the_person(faces, chosen, image, seconds)
+            chosen = self.return_to_person(faces, chosen, image, seconds)
         else:
             faces, chosen = self.choose(image, seconds, cut)
         if chosen is None:
@@ -88,25 +97,25 @@ class Follower:
         return points
 
     def find_again(self, image):
-        """-> ([Face] of the frame, the followed one or None): where it was, about as large."""
+        """-> ([Face] in the frame, the followed one or None), near its last place and about as large."""
         sides, last = self.detector.sides, self.face
         at = sides.index(last.side)
         if at > 0 and last.width() * sides[at - 1] / max(image.shape[:2]) > 100:
-            at -= 1                         # it is large enough to be found on a smaller copy
+            at -= 1                         # the face is large enough to be found on a smaller copy
         faces, again = [], None
-        for side in sides[at:at + 2]:       # a face that grows smaller is found on the next one
+        for side in sides[at:at + 2]:       # a face that has become smaller is found on the next copy
             faces = self.detector.faces(image, (side,))
             near = [face for face in faces if is_near(face, last)]
             if near:
                 again = max(near, key=lambda face: overlap(face.box, last.box))
                 break
         surest = max(faces, key=lambda face: face.score, default=None)
-        if surest and self.person.score < SURE <= surest.score:     # what was followed was hardly a face
+        if surest and self.person.score < SURE <= surest.score:     # what was followed was probably no face
             again = surest
         return faces, again
 
     def choose(self, image, seconds, cut):
-        """-> ([Face] of the frame, the one to follow from here on or None)."""
+        """-> ([Face] in the frame, the one to follow from now on or None)."""
         thorough = cut or seconds - self.searched >= self.PATIENCE
         faces = self.detector.faces(image, None if thorough else self.detector.sides[:1])
         if thorough:
@@ -122,9 +131,9 @@ class Follower:
         likely = [face for face in faces if face.score >= NEARLY * chosen.score]
         known, person = self.recognise(likely, image) if len(likely) > 1 else (None, None)
         if known:
-            self.go_on_with(person)
+            self.continue_with(person)
             return faces, known
-        # a flash is no cut: rather the same face, if it is where it was
+        # If a face is where the followed one was, use it, because a flash looks like a cut.
         same = [face for face in likely if is_near(face, self.face)]
         if not same:
             self.choices += 1
@@ -132,21 +141,22 @@ class Follower:
         return faces, max(same, key=lambda face: overlap(face.box, self.face.box), default=chosen)
 
     def look_turned(self, image):
+        """Count the rotations in which this frame shows a face."""
         for k in (1, 2, 3):
             faces = self.detector.faces(np.ascontiguousarray(np.rot90(image, k)), self.detector.sides[:2])
             self.turned[k] += bool(faces and faces[0].score >= SURE)
 
     def meet(self):
-        """Somebody begins to be followed, who may be one of the people before."""
+        """Begin to follow somebody as a new Person, although it may be one of the earlier people."""
         self.person = Person(LATER if self.people else 1.0)
         self.people = [*sorted(self.people, key=Person.weight)[1 - PEOPLE:], self.person]
 
-    def go_on_with(self, person):
+    def continue_with(self, person):
         self.returns += person is not self.person
         self.person = person
 
     def recognise(self, faces, image):
-        """-> (Face, Person): the one who was followed most, and as whom; (None, None) of strangers."""
+        """-> (the Face whose person was followed most, that Person), or (None, None) if all are strangers."""
         best, most = (None, None), 0
         if self.recognition is None:
             return best
@@ -158,8 +168,8 @@ class Follower:
                 best, most = (face, max(alike, key=Person.weight)), total
         return best
 
-    def back_to_the_person(self, faces, chosen, image, seconds):
-        """-> chosen, or another of the faces where that is somebody who was followed longer."""
+    def return_to_person(self, faces, chosen, image, seconds):
+        """-> chosen, or another of the faces if that is somebody who was followed longer."""
         sure = [face for face in faces if face is chosen or face.score >= SURE]
         longest = max(self.people, key=Person.weight)
         if (longest is self.person or all(face is chosen for face in sure)
@@ -169,24 +179,24 @@ class Follower:
         known, person = self.recognise(sure, image)
         if known is None or known is chosen:
             return chosen
-        self.go_on_with(person)
+        self.continue_with(person)
         return known
 
     def report(self, path):
-        """One line on what was chosen, None where there was no choice."""
+        """-> a line for the user about which face was followed, or None if no frame showed several."""
         if not self.with_others:
             return None
         count = f"{self.with_others} of {self.looks} frames"
-        words = f"{path}: {count} show others too: followed the face {self.place}"
+        words = f"{path}: {count} show several faces: followed the one {self.place}"
         if self.choices:
-            words += f", and chose anew {self.choices} times, after a cut or a second without it"
+            words += f"; chose again {self.choices} times, after a cut or a second without it"
         if self.returns:
-            words += f"; went back to the same person {self.returns} times"
+            words += f"; returned to the same person {self.returns} times"
         return words
 
 
 def is_near(face, last):
-    """Whether a face can be the one that was `last` a moment ago: it overlaps, or is close and as large."""
+    """Whether a face can be the `last` one, which was seen a moment ago: near it and about as large."""
     if overlap(face.box, last.box) > 0.2:
         return True
     distance = np.linalg.norm(face.centre() - last.centre())

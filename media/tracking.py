@@ -1,6 +1,7 @@
-"""Following one face through a video: its landmarks in every frame, and the files that keep them.
+"""Tracks: the landmarks of one face in every frame of a video, and files that store them.
 
-    track = track_video("v.mp4", landmark_detector("dlib"))     # the landmarks of every frame
+    track = track_video("v.mp4", landmark_detector("dlib"))     # a Track
+    frames = read_crops("v.mp4", track, [0, 10], 256)           # {0: uint8 (256, 256, 3), 10: ...}
 """
 from array import array
 from itertools import chain
@@ -18,32 +19,32 @@ from runtime.files import UserError, atomic, pass_on_want_of_memory, warn
 # ----------------------------------------------------------------------------------------------- tracks
 
 class Track(NamedTuple):
-    """The landmarks of a video, in pixels of its upright frames.
+    """The landmarks of the face that was followed through the n frames of a video.
 
-    Times are pts * time_base[0] / time_base[1] seconds.
-    A frame without a face repeats the face before it, or the first one.
+    A frame without a face repeats the landmarks of the frame before it, or the first ones that were found.
+    The time of a frame is pts * time_base[0] / time_base[1] seconds.
     """
-    points: np.ndarray      # (n, 68, 2) float32
-    found: np.ndarray       # (n,) bool
-    cuts: np.ndarray        # (n,) bool: the first frames with a face behind the cuts that the pictures show
+    points: np.ndarray      # (n, 68, 2) float32, in pixels of the upright frames
+    found: np.ndarray       # (n,) bool: whether the face was found in this frame
+    cuts: np.ndarray        # (n,) bool: whether this is the first frame with a face after a visible cut
     pts: np.ndarray         # (n,) int64
     time_base: np.ndarray   # (2,) int64
-    detector: str           # fan | dlib
-    turns: int = 0          # of a video that lies on its side: np.rot90(frame, turns) is upright
+    detector: str           # "fan" or "dlib"
+    turns: int = 0          # np.rot90(frame, turns) is upright; not 0 for a video that lies on its side
 
     def seconds(self):
         return self.pts * (self.time_base[0] / self.time_base[1])
 
     def shots(self):
-        """The number of each frame's shot, (n,). Each shot has a frame with a face."""
+        """The number of the shot to which each frame belongs, (n,). Each shot has a frame with a face."""
         return shots(self.points, self.found, self.cuts)
 
     def boxes(self):
-        """Where each frame is cropped, (n, 3)."""
+        """The box of each frame's crop, (n, 3), as of crops.face_box()."""
         return steady_boxes(self.points, self.seconds(), self.shots())
 
     def in_crops(self, size):
-        """The landmarks in the pixels of a steady size x size crop, (n, 68, 2)."""
+        """The landmarks in pixels of each frame's crop, which has size x size pixels, (n, 68, 2)."""
         return to_crop(self.points, self.boxes(), size)
 
     def first(self, n):
@@ -51,17 +52,17 @@ class Track(NamedTuple):
         return self._replace(**{name: getattr(self, name)[:n] for name in ("points", "found", "cuts", "pts")})
 
 
-STORED = Track._fields[:-1]     # in a file; its points are those of the upright frames
+STORED = Track._fields[:-1]     # what a file stores: all but the turns, because the points are upright
 
 
 def save_track(path, track):
-    """Write a track as .npz, by way of a temporary name."""
+    """Write a Track as .npz. Raises UserError if it cannot be written."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **{name: getattr(track, name) for name in STORED})
 
 
 def load_track(path):
-    """-> Track of save_track. UserError if the file is none."""
+    """-> the Track that save_track() wrote. Raises UserError if the file is not one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             track = Track(*(file[name] for name in STORED))
@@ -71,34 +72,35 @@ def load_track(path):
                 or (track.time_base < 1).any() or (np.diff(track.pts) < 1).any()
                 or not track.found.any() or (track.cuts & ~track.found).any()
                 or track.cuts[:np.argmax(track.found) + 1].any()):
-            raise ValueError("its arrays are not those of a track")
+            raise ValueError("its arrays have other shapes or values")
         return track._replace(detector=str(track.detector))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
+    except Exception as e:  # numpy and zipfile raise many types for damaged files and files of other kinds
         pass_on_want_of_memory(e)
-        raise UserError(f"{path} is not a landmark track ({e})") from None
+        raise UserError(f"{path} is not a landmark track as infer.py --save-track writes it ({e})") from None
 
 
 # ------------------------------------------------------------------------------------------- following
 
 def track_video(path, detect, keep=lambda k: True, progress=False, complain=warn, recognition=None):
-    """Landmarks of those frames k of a video for which keep(k). UserError if no face is in any of them.
+    """-> the Track of the frames k of a video for which keep(k) is true.
 
-    detect: a faces.Detector.  recognition: of a Follower.
-    complain(line) is told what is not as it should be.
+    detect: a faces.Detector.  recognition: as for a Follower.  complain(line) is called if the video is
+    damaged, lies on its side, or shows several faces. Raises UserError if no frame shows a face.
     """
     follower = Follower(detect, recognition)
     track = follow_face(path, follower, keep, progress, complain)
     turns = int(np.argmax(follower.turned))
-    if follower.turned[turns] and track.found.mean() < 0.1:     # it lies on its side: once more, upright
+    if follower.turned[turns] and track.found.mean() < 0.1:     # it seems to lie on its side: rotate it
         again = Follower(detect, recognition, turns)
         turned = follow_face(path, again, keep, progress, lambda line: None)
         if turned.found.sum() > track.found.sum():
             follower, track = again, turned
             complain(f"{path} {TURNED[turns]}")
     if not track.found.any():
-        raise UserError(f"no face found in any of the {len(track.found)} frames of {path}, however turned")
+        raise UserError(f"no face found in any of the {len(track.found)} frames of {path}, not even with the "
+                        "video rotated: use one with a face that looks at the camera")
     if follower.report(path):
         complain(follower.report(path))
     own, first = np.arange(len(track.found)), np.argmax(track.found)
@@ -107,18 +109,18 @@ def track_video(path, detect, keep=lambda k: True, progress=False, complain=warn
 
 
 def follow_face(path, follower, keep, progress, complain):
-    """-> Track whose points are 0 where no face was found."""
-    # an object a frame would fragment memory
+    """-> a Track whose points are 0 in frames in which no face was found."""
+    # arrays, because one object for each frame would fragment the memory
     points, found, cuts, pts = array("f"), array("b"), array("b"), array("q")
-    lines = []                              # to be said when the progress bar is closed
+    lines = []                              # for complain(), after the progress bar has been closed
     frames = read_video(path, lines.append)
-    frames = chain([next(frames)], frames)  # what cannot be read is refused before a progress bar is drawn
-    cut = seen = begins = False     # begins: a cut, behind which no face was found yet
+    frames = chain([next(frames)], frames)  # a file that cannot be read is refused before the bar is drawn
+    cut = seen = begins = False     # begins: there was a cut, but no face since
     for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
         small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
         before, seen = seen, follower.is_cut(small)
-        cut = cut or seen                           # in any frame since the last one that was kept
-        begins = begins or (seen and not before)    # a shaken camera looks like a cut in every frame
+        cut = cut or seen                           # between the last frame that was kept and this one
+        begins = begins or (seen and not before)    # a shaken camera looks like a cut at every frame
         if not keep(k):
             continue
         image = np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns))
@@ -138,10 +140,10 @@ def follow_face(path, follower, keep, progress, complain):
 
 
 def read_crops(path, track, wanted, size):
-    """The frames of a video with the numbers `wanted` as in Track.in_crops: {k: uint8 (size, size, 3)}.
+    """-> {k: uint8 (size, size, 3)}: the crops, as in Track.in_crops(), of the frames k in `wanted`.
 
-    They are known by their times: of a damaged video, FFmpeg does not decode the same frames every time. One
-    that is not there any more is left out.
+    Frames are identified by their times, because FFmpeg does not always decode the same frames of a damaged
+    video. A frame that is missing this time is left out.
     """
     boxes, crops = track.boxes(), {}
     numbers = {track.pts[k]: k for k in wanted}
@@ -155,20 +157,22 @@ def read_crops(path, track, wanted, size):
 
 
 def read_driver(path, landmarks, detect, recognition=None):
-    """A video or a saved track (.npz) -> Track, with a word on what is not as it should be.
+    """A video or a saved track (.npz) -> Track. Tells the user about problems with it.
 
-    landmarks: "fan" or "dlib", the kind that the checkpoint was trained with.  recognition: of a Follower.
+    landmarks: "fan" or "dlib", with which the checkpoint was trained.  recognition: as for a Follower.
+    Raises UserError if the file cannot be read or shows no face.
     """
     if is_track(path):
         track = load_track(path)
         if track.detector != landmarks:
-            warn(f"{path} holds {track.detector} landmarks, the checkpoint was trained with {landmarks}")
+            warn(f"{path} holds {track.detector} landmarks, but the checkpoint was trained with {landmarks} "
+                 "landmarks, so the result may suffer: use the video itself as the driver")
     else:
         track = track_video(path, detect, progress=True, recognition=recognition)
     missed = len(track.found) - int(track.found.sum())
     if missed:
-        print(f"no face in {missed} of {len(track.found)} frames of {path}: "
-              "they repeat the landmarks before them, or the first ones")
+        print(f"no face in {missed} of {len(track.found)} frames of {path}: their landmarks are copied from "
+              "the frames before them")
     return track
 
 

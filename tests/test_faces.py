@@ -212,7 +212,7 @@ def test_which_face_and_the_words_on_it():
     assert faces.which_face([left, right, patch], image) is right
     assert faces.which_face([left, patch], image) is left
     said = faces.words_on_choice([left, right, patch], right, "x.jpg")
-    assert "2 faces in x.jpg: took the one on the right; crop the photo" in said
+    assert "2 faces in x.jpg: used the one on the right; crop the photo" in said
     assert faces.words_on_choice([left, patch], left, "x.jpg") is None           # that was no choice
     middle = faces.Face(box(210, 60), 2.0)
     assert faces.where(middle, [left, middle, right]) == "in the middle"

@@ -362,7 +362,7 @@ def test_the_track_keeps_to_one_of_two_people(tmp_path, face, detect):
     first = side(track)[0]
     assert (side(track) == first).all()
     assert track.found.sum() >= (50 if first else 38)
-    assert len(said) == 1 and "show others too" in said[0] and ("left", "right")[first] in said[0]
+    assert len(said) == 1 and "show several faces" in said[0] and ("left", "right")[first] in said[0]
     prepared = list(folders.faces_in(tmp_path / "two.mp4", detect, 64, complain=said.append))
     assert len(prepared) == track.found.sum()
 
@@ -416,7 +416,7 @@ def test_a_speaker_who_comes_back_is_followed_again(tmp_path, face, other, detec
     counted = recognition._replace(vector=lambda *shot: asked.append(1) or recognition.vector(*shot))
     again = side(tracking.track_video(tmp_path / "a.mp4", detect, complain=said.append, recognition=counted))
     assert (again[:45] == 0).all() and (again[-25:] == 0).all()
-    assert "went back to the same person 1 times" in said[0] and len(asked) < 20
+    assert "returned to the same person 1 times" in said[0] and len(asked) < 20
 
 
 def test_nobody_is_recognised_where_there_is_no_choice(tmp_path, face, detect):
