@@ -1,6 +1,6 @@
-"""The sound of a media file as a player plays it: which stream is meant, and its samples.
+"""Reading the sound of a media file as a player does: the right stream, and its samples.
 
-    index = main_audio("v.mp4")     # None without sound
+    index = main_audio("v.mp4")     # None if the file has no sound
     for frame in audio_frames(container, container.streams[index]):
         ...                         # av.AudioFrame
 """
@@ -10,14 +10,14 @@ import numpy as np
 
 from media.streams import Damage, decoded, open_media, packets
 
-SILENCE = 0.001     # of full scale, from the lowest sample to the highest
-BESIDE = 0.7        # how loud what is neither left nor right becomes in both
+SILENCE = 0.001     # a stream is silent if its samples differ by no more than this share of full scale
+OTHERS = 0.7        # the factor by which channels that are neither left nor right are mixed into both
 
 
 def main_audio(path):
-    """The index of the audio stream that a player would play, None without one.
+    """The index of the audio stream that a player would play, or None if there is none.
 
-    Of several, one that is silent is not taken: recorders write one for each source, used or not.
+    A silent stream is not used if there are others, because recorders write one for each source, used or not.
     """
     with open_media(path) as container:
         indices = [stream.index for stream in sorted(container.streams.audio, key=merit, reverse=True)]
@@ -27,7 +27,7 @@ def main_audio(path):
 
 
 def merit(stream):
-    """The one marked as default, no commentary; the first of equals."""
+    """A key for sorting: best is a stream that is marked as default and is no commentary or the like."""
     from av.stream import Disposition
     for_some = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired
                 | Disposition.visual_impaired | Disposition.karaoke)
@@ -36,13 +36,14 @@ def merit(stream):
 
 
 def is_known(stream):
+    """Whether FFmpeg has a decoder for this audio stream, and knows its sampling rate."""
     return stream.codec_context is not None and stream.rate > 0
 
 
 def is_heard(path, index):
-    """Whether a stream of a file is more than silence, and can be read."""
+    """Whether a stream of a file can be read and is not silent."""
     import av
-    stereo = av.AudioResampler(format="flt", layout="stereo")   # PyAV reads 8 planes as if they were more
+    stereo = av.AudioResampler(format="flt", layout="stereo")   # because PyAV misreads frames with 8 planes
     try:
         with open_media(path) as container:
             stream = container.streams[index]
@@ -56,9 +57,9 @@ def is_heard(path, index):
 def audio_frames(container, stream):
     """Yield the av.AudioFrames of a stream.
 
-    PyAV must not decode the PCM of a MOV. Where FFmpeg has no name for the order of its channels, as in most
-    6.1 and 7.1, PyAV 18.1 frees that order twice, and the process dies, as soon as a frame, the layout or the
-    number of channels is asked for. But the packets are plain samples.
+    PyAV must not decode PCM in a MOV file. If FFmpeg has no name for the order of the channels, as for most
+    6.1 and 7.1 sound, PyAV 18.1 frees the channel layout twice, and the process dies when a frame, the layout
+    or the number of channels is accessed. The packets, however, are plain samples.
     """
     if stream.codec_context.name.startswith("pcm_") and "mov" in container.format.name.split(","):
         yield from pcm_frames(container, stream)
@@ -67,11 +68,11 @@ def audio_frames(container, stream):
 
 
 def pcm_frames(container, stream):
-    """Yield the av.AudioFrames of PCM, mono or stereo. ValueError where that cannot be made of it."""
+    """Yield the av.AudioFrames of a PCM stream in mono or stereo. Raises ValueError if that is impossible."""
     import av
     name, channels = stream.codec_context.name, None
     plain = re.fullmatch(r"pcm_([suf])(8|16|24|32|64)(le|be|)", name)
-    kind, bits, order = plain.groups() if plain else (None, 8, None)            # A-law and mu-law have 8
+    kind, bits, order = plain.groups() if plain else (None, 8, None)    # A-law and mu-law have 8 bits
     for packet in packets(container, stream, Damage()):
         channels = channels or count_channels(packet, stream.rate, int(bits) // 8)
         if plain:
@@ -87,18 +88,19 @@ def pcm_frames(container, stream):
 
 
 def count_channels(packet, rate, width):
-    """How many channels a packet of PCM has, by its size. width: bytes of a sample."""
+    """The number of channels of a PCM packet, found from its size. width: the bytes of a sample."""
     samples = float((packet.duration or 0) * packet.time_base * rate)
     channels = round(packet.size / width / samples) if samples else 0
     if not channels:
-        raise ValueError("it does not say how many channels it has")
+        raise ValueError("the number of its channels is unknown")
     return channels
 
 
 def plain_samples(data, kind, width, order, channels):
-    """Bytes of PCM -> (n, channels) in [-1, 1].
+    """Bytes of PCM -> samples (n, channels) in [-1, 1].
 
-    kind: s, u or f: signed, unsigned, floating-point.  width: bytes of a sample.  order: le, be or nothing.
+    kind: "s", "u" or "f", for signed, unsigned and floating-point.  width: the bytes of a sample.
+    order: "le", "be" or "", for little-endian, big-endian and single bytes.
     """
     whole = len(data) // (width * channels) * (width * channels)    # the file may end within a sample
     parts = np.frombuffer(data[:whole], np.uint8).reshape(-1, width)
@@ -115,9 +117,12 @@ def plain_samples(data, kind, width, order, channels):
 
 
 def mixed_down(samples):
-    """(n, channels) -> float32 (n, 2): the first two are left and right, the rest goes to both; or (n, 1)."""
+    """Samples (n, channels) -> float32 (n, 2), or (n, 1) from mono.
+
+    The first two channels are left and right, and all others are mixed into both.
+    """
     if samples.shape[1] > 2:
-        rest = BESIDE * samples[:, 2:].sum(1, keepdims=True)
-        loudness = np.sqrt(1 + (samples.shape[1] - 2) * BESIDE ** 2)    # of the sum, if all are as loud
+        rest = OTHERS * samples[:, 2:].sum(1, keepdims=True)
+        loudness = np.sqrt(1 + (samples.shape[1] - 2) * OTHERS ** 2)    # of the sum, if all are equally loud
         samples = (samples[:, :2] + rest) / loudness
     return np.ascontiguousarray(samples.clip(-1, 1), np.float32)

@@ -1,4 +1,4 @@
-"""Videos as a viewer sees them: the stream that is meant, upright, with square pixels, in sRGB.
+"""Reading videos as a viewer sees them: the right stream, upright, with square pixels, in sRGB.
 
     for frame in read_video("v.mp4"):       # av.VideoFrame, one at a time
         image = to_rgb(frame)               # uint8 (H, W, 3), upright
@@ -16,11 +16,11 @@ from runtime.files import UserError, warn
 # --------------------------------------------------------------------------------------------- reading
 
 def read_video(path, complain=warn):
-    """Yield every frame of a video that is shown, as an av.VideoFrame, streaming.
+    """Yield the frames of a video that a player would show, one at a time, as av.VideoFrame.
 
-    Its pts rises, in units of its time_base (seconds). Its opaque is for to_rgb().
-    UserError if there is no frame to be had. Damaged packets are passed over, and what ends early is used as
-    far as it goes: complain(line) says so.
+    A frame's time is pts * time_base seconds, and always later than the one before. Its `opaque` is for
+    to_rgb(). Damaged packets are skipped, and a file that ends early is used up to there; complain(line) is
+    called in both cases. Raises UserError if no frame can be read.
     """
     import av
     if is_animated_webp(path):
@@ -40,24 +40,24 @@ def read_video(path, complain=warn):
                 yield frame
     except (av.FFmpegError, OSError) as e:
         if os.path.isdir(path):
-            raise UserError(f"{path} is a folder, and a video is wanted") from None
+            raise UserError(f"{path} is a folder, but a video file is needed") from None
         if not os.path.exists(path):
             raise UserError(f"no file {path}") from None
         raise UserError(f"{path} is not a video that can be read ({e.strerror or e})") from None
     if not count:
-        raise UserError(f"{path} is a video without a frame that can be read")
-    seconds = 0.0 if damage.packets else float(seconds)     # the rate of what is left says little
+        raise UserError(f"{path} is a video, but none of its frames can be read")
+    seconds = 0.0 if damage.packets else float(seconds)     # with frames missing, it would give a wrong rate
     lost = words_on_loss(count, shown_frames(*promised, count, seconds), damage)
     if lost:
         complain(f"{path}: {lost}")
 
 
 def words_on_loss(count, expected, damage):
-    """What to say of the frames that could not be read, None where that is nothing.
+    """-> a few words on the frames that could not be read, or None if all were read.
 
-    count: of the frames that came.  expected: shown_frames().
+    count: the number of frames that were read.  expected: the result of shown_frames().
     """
-    missing = count < 0.95 * expected - 1       # containers' own counts are a little off at times
+    missing = count < 0.95 * expected - 1       # a tolerance, because some containers' counts are a bit wrong
     if not missing and not damage.packets and not damage.end:
         return None
     frames = f"{count} of about {expected:.0f} frames" if count < expected else f"{count} frames"
@@ -68,7 +68,7 @@ def words_on_loss(count, expected, damage):
 
 
 def count_frames(path):
-    """How many frames of a video are shown, without decoding it; 0 if it cannot be read."""
+    """The number of frames that a player would show, found without decoding; 0 if it cannot be read."""
     import av
     try:
         if is_animated_webp(path):
@@ -78,7 +78,7 @@ def count_frames(path):
             stream = main_video(container)
             if stream is None:
                 return 0
-            # what an edit list cuts off is stored and decoded, but not shown
+            # is_discard: frames that an edit list cuts off are stored and decoded, but not shown
             return sum(not packet.is_discard for packet in packets(container, stream, Damage()))
     except (av.FFmpegError, OSError):
         return 0
@@ -93,22 +93,22 @@ def is_animated_webp(path):
 
 
 def animated_webp(path, complain):
-    """The same as read_video() by PIL, because FFmpeg shows no animated WebP."""
+    """The same as read_video(), but by PIL, because FFmpeg does not decode animated WebP."""
     import av
-    from media.photos import to_srgb, turned    # here, because that module imports this one
+    from media.photos import to_srgb, upright_by_exif   # imported here, because that module imports this one
     count, time, aspect = 0, 0, 1.0
     try:
         with Image.open(path) as image:
             for count in range(image.n_frames):
                 image.seek(count)
-                picture = to_srgb(turned(image), image.info.get("icc_profile"))
+                picture = to_srgb(upright_by_exif(image), image.info.get("icc_profile"))
                 milliseconds = image.info["duration"]
                 frame = av.VideoFrame.from_image(picture)
                 frame.pts, frame.time_base = time, Fraction(1, 1000)
-                frame.opaque = aspect, None     # a new tuple: PyAV forgets one that two frames share
-                time += milliseconds if milliseconds > 10 else 100      # as browsers do
+                frame.opaque = aspect, None     # a new tuple, because PyAV loses one that two frames share
+                time += milliseconds if milliseconds > 10 else 100      # browsers do this, too
                 yield frame
-    except Exception as e:      # PIL raises a dozen types on damaged files
+    except Exception as e:      # PIL raises a dozen types for damaged files
         if not count:
             raise UserError(f"{path} is not a video that can be read ({e})") from None
         complain(f"{path}: only {count} of {image.n_frames} frames could be read ({e})")
@@ -116,19 +116,19 @@ def animated_webp(path, complain):
 
 # ---------------------------------------------------------------------------------------------- frames
 
-PQ, HLG = 16, 18    # H.273's numbers of the two HDR curves; phones record the latter
+PQ, HLG = 16, 18    # the two transfer functions of HDR, as numbered in H.273; phones record HLG
 FROM_BT2020 = np.float32([[1.6605, -0.5876, -0.0728],
                           [-0.1246, 1.1329, -0.0083],
-                          [-0.0182, -0.1006, 1.1187]])      # to sRGB's primaries, of linear light
+                          [-0.0182, -0.1006, 1.1187]])      # linear BT.2020 to linear sRGB
 
 
 def of_one_size(frames, stream):
-    """Give every frame the opaque by which to_rgb() brings it to the size of the first, as players do.
+    """Set the `opaque` of each frame, from which to_rgb() scales it to the size of the first, as players do.
 
-    That is how much wider than high its pixels are, and the (height, width) of the first picture. Browser
-    calls change the size of frames within a recording, and so does television.
+    It is (the pixels' width / height, the (height, width) of the first picture or None for the first frame).
+    Video calls in browsers change the size of the frames within a recording, and so does television.
     """
-    aspects, own, size = {}, None, None     # own: what the first frame says of its pixels
+    aspects, own, size = {}, None, None     # own: the first frame's pixel aspect as its codec gives it
     for frame in frames:
         kind = frame.width, frame.height
         if kind not in aspects:
@@ -142,26 +142,27 @@ def of_one_size(frames, stream):
 
 
 def codec_aspect(stream):
-    """How much wider than high the pixels are: what the latest frame says."""
+    """The width / height of the pixels, as the codec gives it for the latest frame."""
     return sane(float(stream.codec_context.sample_aspect_ratio or 1))
 
 
 def pixel_aspect(stream):
-    """The same as the container says it of the whole stream: 1, but for DV, DVD, HDV and their like."""
+    """The width / height of the pixels, as the container gives it for the stream; for DVDs, it is not 1."""
     return sane(float(stream.sample_aspect_ratio or codec_aspect(stream)))
 
 
 def sane(aspect):
-    return aspect if 1 / 8 < aspect < 8 else 1.0    # beyond, it is damage
+    return aspect if 1 / 8 < aspect < 8 else 1.0    # other values come from damaged files
 
 
 def to_rgb(frame):
-    """av.VideoFrame of read_video -> uint8 (H, W, 3): square pixels, turned and mirrored as it says.
+    """An av.VideoFrame from read_video() -> uint8 (H, W, 3), upright, with square pixels.
 
-    Black borders where its proportions are not those of the video. The colours of HDR are pale as yet.
+    It gets black borders if its proportions are not those of the first frame. The colours of an HDR frame
+    stay pale: see to_srgb_from_hdr().
     """
     aspect, size = frame.opaque
-    width = round(frame.width * max(aspect, 1))      # enlarged, so that nothing is lost
+    width = round(frame.width * max(aspect, 1))     # enlarged and never reduced, to keep all detail
     height = round(frame.height / min(aspect, 1))
     if (width, height) == (frame.width, frame.height):
         image = frame.to_ndarray(format="rgb24")
@@ -174,9 +175,10 @@ def to_rgb(frame):
 
 
 def to_srgb_from_hdr(image, frame):
-    """uint8 (H, W, 3), of to_rgb or cut from it -> the same; where the frame is HDR (BT.2100), in sRGB.
+    """uint8 (H, W, 3), from to_rgb(frame) or cropped from it -> the same in sRGB.
 
-    White is 203 cd/m2 (BT.2408). This takes long, and to find a face to_rgb alone will do.
+    This changes the colours of HDR frames (BT.2100) only. White is 203 cd/m2 (BT.2408). It is slow, and not
+    needed for finding faces.
     """
     if frame.color_trc not in (PQ, HLG):
         return image
@@ -189,19 +191,19 @@ def to_srgb_from_hdr(image, frame):
         dark, bright = rgb ** 2 / 3, (np.exp((rgb - 0.55991073) / 0.17883277) + 0.28466892) / 12
         scene = np.where(rgb <= 0.5, dark, bright)
         luminance = scene @ np.float32([0.2627, 0.6780, 0.0593])
-        light = 1000 * scene * luminance[..., None] ** 0.2              # on a screen of 1000 cd/m2
+        light = 1000 * scene * luminance[..., None] ** 0.2              # cd/m2, on a screen with 1000 cd/m2
     light = (light / 203 @ FROM_BT2020.T).clip(0, 1)
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (255 * srgb).round().astype(np.uint8)
 
 
 def as_displayed(image, frame):
-    """Apply a frame's display matrix: x' = a x + c y, y' = b x + d y. Phones turn by it, some mirror."""
+    """Apply a frame's display matrix, by which phones rotate and mirror: x' = a x + c y, y' = b x + d y."""
     matrix = side_data(frame, "DISPLAYMATRIX")
     if matrix is None:
         return image
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
-    if abs(a) + abs(d) < abs(b) + abs(c):       # x and y change places
+    if abs(a) + abs(d) < abs(b) + abs(c):       # x and y are swapped
         image, (a, d) = image.swapaxes(0, 1), (c, b)
     if a < 0:
         image = image[:, ::-1]
@@ -211,17 +213,18 @@ def as_displayed(image, frame):
 
 
 def side_data(frame, kind):
-    """What comes with a frame beside its pixels: bytes, or None. kind: a name of av's Type."""
-    number = kinds_of_side_data()[kind]     # first, because it completes the Type that frame.side_data needs
+    """Data that is attached to a frame: bytes, or None. kind: a name in av.sidedata.sidedata.Type."""
+    number = kinds_of_side_data()[kind]     # first, because it extends the Type that the next line uses
     data = frame.side_data.get(number)
     return data and bytes(data)
 
 
 @functools.cache
 def kinds_of_side_data():
-    """av's Type, with members for those it lacks.
+    """PyAV's Type of side data, extended so that it accepts unknown kinds.
 
-    FFmpeg 8 adds EXIF (31) to photos, of which PyAV 18 does not know: then reading any kind would raise.
+    FFmpeg 8 attaches EXIF data (31) to photos. PyAV 18 does not know this kind, and would raise an exception
+    for such a photo, whichever kind is asked for.
     """
     from av.sidedata.sidedata import Type
 

@@ -1,4 +1,4 @@
-"""Writing an mp4 with the driver's sound.
+"""Writing an mp4, with the sound of another file.
 
     write_video("result.mp4", frames, track.pts, track.time_base, sound_from="v.mp4")
 """
@@ -11,15 +11,16 @@ from media.streams import open_media
 from media.sound import Sound
 from runtime.files import atomic
 
-SUFFIXES = ("", ".mp4", ".m4v", ".mov")     # of what write_video writes
+SUFFIXES = ("", ".mp4", ".m4v", ".mov")     # the endings that a file of write_video() may have
 
 
 def write_video(path, frames, pts, time_base, sound_from=None):
-    """Write H.264 (yuv420p, mp4) that browsers play, by way of a temporary name. It starts at 0.
+    """Write an mp4 file (H.264, yuv420p) that browsers can play, and that starts at time 0.
 
-    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): a time stamp a frame, in units of
-    time_base = (numerator, denominator) seconds.  sound_from: a media file whose sound is taken (sound.py);
-    it moves by as much as the pictures. UserError where it cannot be written.
+    frames: an iterable of uint8 (H, W, 3), H and W even.  pts (n,): the time stamp of each frame, in units of
+    time_base = (numerator, denominator) seconds.  sound_from: a media file from which the sound is copied, or
+    None; frames and sound are shifted in time alike. Raises UserError if the file cannot be written; then no
+    partial file is left.
     """
     import av
     base = Fraction(*map(int, time_base))
@@ -35,13 +36,13 @@ def write_video(path, frames, pts, time_base, sound_from=None):
                 stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
                 with Sound(sound_from, out, start) as sound:
                     for k, (frame, stamp) in enumerate(zip(frames, pts, strict=True)):
-                        if k == 0:      # size and format must be set before the first packet is written
+                        if k == 0:      # size and format must be set before the first packet
                             stream.height, stream.width = frame.shape[:2]
                             stream.pix_fmt = "yuv420p"
                             stream.codec_context.time_base = base
                         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                         picture.pts, picture.time_base = int(stamp), base
-                        sound.write_until(int(stamp) * base)    # interleaved: memory stays flat
+                        sound.write_until(int(stamp) * base)    # interleaved, so that nothing accumulates
                         out.mux(stream.encode(picture))
                     out.mux(stream.encode())
                     sound.write_until(math.inf)

@@ -1,7 +1,7 @@
-"""The sound of one media file in another: its packets copied, or encoded anew where mp4 cannot hold them.
+"""Writing the sound of one media file into another: copied, or re-encoded if an mp4 cannot hold it.
 
-    sound_from = usable_sound("v.mp4")              # before the work: a warning and None where it cannot be
-    with Sound(sound_from, out, start) as sound:    # out: an av container being written
+    sound_from = usable_sound("v.mp4")              # the path, or a warning and None if that is impossible
+    with Sound(sound_from, out, start) as sound:    # out: an av container that is being written
         sound.write_until(seconds)
 """
 import io
@@ -11,12 +11,12 @@ from media.audio import audio_frames, is_known, main_audio
 from media.streams import Clock, Damage, open_media, packets
 from runtime.files import warn
 
-COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # what browsers play in mp4
-PREROLL = 0.1   # seconds before the start that a decoder may need, and that players do not play
+COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # the codecs that browsers play in an mp4
+PREROLL = 0.1   # seconds of sound that are kept before the start, because decoders may need them
 
 
 def usable_sound(path):
-    """-> path if its sound can be written into an mp4; None if there is none or it cannot (a warning)."""
+    """-> path if its sound can be written into an mp4, else None. Warns unless the file just has no sound."""
     import av
     problem = None
     try:
@@ -26,21 +26,21 @@ def usable_sound(path):
             start = (container.start_time or 0) / av.time_base
         with av.open(io.BytesIO(), "w", format="mp4") as out, Sound(path, out, start) as sound:
             sound.write_until(1)
-            if sound.packet and not sound.written:      # it begins later
+            if sound.packet and not sound.written:      # the sound begins later than that
                 sound.write_until(sound.packet.pts * sound.packet.time_base)
             if not sound.written:
-                problem, sound.problem = sound.problem or "there is none in it", None
+                problem, sound.problem = sound.problem or "its stream is empty", None
     except (av.FFmpegError, OSError, ValueError) as e:
         problem = e
     if problem:
-        warn(f"{path}: its sound cannot be read or written, and is left out ({problem})")
+        warn(f"{path}: its sound cannot be read or written, so the result will have none ({problem})")
     return None if problem else path
 
 
 class Sound:
-    """Adds an audio stream to `out` with the sound of a file, `start` seconds earlier than there.
+    """Adds an audio stream to `out` with the sound of a file, `start` seconds earlier than in that file.
 
-    Without a path, or where the file has no sound, all does nothing.
+    If path is None or the file has no sound, it does nothing.
     """
 
     def __init__(self, path, out, start):
@@ -56,7 +56,7 @@ class Sound:
         self.source = open_media(path)
         audio = self.source.streams[index]
         if not is_known(audio):
-            self.problem = "of a kind that is not known"
+            self.problem = "its codec is unknown"
         elif audio.codec_context.name in COPIED and not is_slow_mp3(audio):
             self.packets = self.copied(audio, out.add_stream_from_template(audio))
         else:
@@ -69,15 +69,18 @@ class Sound:
         return self
 
     def __exit__(self, *_):
-        self.packets = None     # its generator holds on to the source
+        self.packets = None     # the generator has a reference to the source
         if self.source is not None:
             self.source.close()
         if self.problem:
-            what = "ends early" if self.written else "cannot be read or written, and is left out"
+            what = "ends early" if self.written else "cannot be read or written, so the result has none"
             warn(f"{self.path}: its sound {what} ({self.problem})")
 
     def write_until(self, seconds):
-        """Write the packets up to a time of the result. A fault of the sound does not cost the pictures."""
+        """Write the packets up to this time of the result.
+
+        If the sound is damaged, it ends here, with a warning at the end. The pictures are not affected.
+        """
         import av
         try:
             if self.packet is None:
@@ -86,17 +89,17 @@ class Sound:
                 self.out.mux(self.packet)
                 self.written += 1
                 self.packet = next(self.packets, False)
-        except (av.InvalidDataError, av.EOFError, ValueError) as e:     # not: a full disk
+        except (av.InvalidDataError, av.EOFError, ValueError) as e:     # but a full disk is raised
             self.packet, self.problem = False, getattr(e, "strerror", None) or str(e)
 
     def copied(self, audio, stream):
-        """Yield the packets as they are, but for their times; none that ends before the result starts."""
+        """Yield the packets with shifted times, without those that end before the result starts."""
         clock = None
         for packet in packets(self.source, audio, Damage()):
             if packet.dts is None or packet.pts is None:
                 continue
             clock = clock or Clock(packet.time_base, packet.duration or 1)
-            shift = clock.rising(packet.dts) - packet.dts - round(self.start / packet.time_base)
+            shift = clock.increasing(packet.dts) - packet.dts - round(self.start / packet.time_base)
             packet.pts += shift
             packet.dts += shift
             if (packet.pts + (packet.duration or 0)) * packet.time_base > -PREROLL:
@@ -104,25 +107,25 @@ class Sound:
                 yield packet
 
     def encoded(self, frames, stream):
-        """Yield AAC packets. PyAV's encoder resamples to the stream's rate and layout."""
+        """Yield the frames as AAC packets. PyAV's encoder resamples them to the stream's rate and layout."""
         clock = None
         for frame in frames:
             if clock is None:
                 seconds = frame.samples / frame.sample_rate
                 clock = Clock(frame.time_base, round(seconds / frame.time_base))
-            frame.pts = clock.rising(frame.pts) - round(self.start / frame.time_base)
-            if frame.pts >= 0:      # none from before the result starts
+            frame.pts = clock.increasing(frame.pts) - round(self.start / frame.time_base)
+            if frame.pts >= 0:      # leave out what comes before the result starts
                 yield from stream.encode(frame)
         yield from stream.encode()
 
 
 def is_slow_mp3(audio):
-    """Of below 16,000 Hz: mp4 knows none."""
+    """Whether a stream is MP3 with a rate below 16,000 Hz, which an mp4 cannot hold."""
     return audio.codec_context.name.startswith("mp3") and audio.rate < 16_000
 
 
 def add_aac(out, rate, mono):
-    """An AAC stream, mono or stereo, of the rate nearest to a source's, of the rates that there are."""
+    """Add an AAC stream to `out`, with the rate nearest to this one that AAC supports, and return it."""
     import av
     rates = av.Codec("aac", "w").audio_rates
     nearest = min(rates, key=lambda r: abs(r - rate))

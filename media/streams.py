@@ -1,4 +1,4 @@
-"""Going through a media file as a player does: the stream that is meant, past damage, at times that rise.
+"""Reading a media file as a player does: the right stream, past damage, with times that always increase.
 
     with open_media("v.mp4") as container:
         stream, damage = main_video(container), Damage()
@@ -8,22 +8,22 @@
 import os
 from itertools import chain
 
-TRIES = 10      # to read on behind a place that cannot be read, as mpv does
+TRIES = 10      # how often packets() tries to continue after an error before it gives up, as mpv does
 
 
 def open_media(path, mode="r", **options):
-    """av.open for what is only ever a path: "12:30.mp4" names no protocol, "http:x.mp4" no server.
+    """av.open(), but `path` is always a file, never a URL: neither "12:30.mp4" nor "http:x.mp4".
 
-    Its title may be in any alphabet.
+    Metadata that is not UTF-8 does not raise an error.
     """
     import av
     return av.open("file:" + os.fspath(path), mode, metadata_errors="replace", **options)
 
 
 def main_video(container):
-    """The video stream that a player would show: no cover, and the best of several. None without one."""
+    """The video stream that a player would show, or None if there is none. Cover pictures are not videos."""
     from av.stream import Disposition
-    beside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+    no_video = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 
     def merit(stream):
         moves = stream.frames != 1
@@ -31,24 +31,24 @@ def main_video(container):
         return moves, default, stream.width * stream.height
 
     readable = [s for s in container.streams.video if s.codec_context is not None]
-    streams = [s for s in readable if not s.disposition & beside]
+    streams = [s for s in readable if not s.disposition & no_video]
     return max(streams, key=merit, default=None)
 
 
 # ------------------------------------------------------------------------------------------ past damage
 
 class Damage:
-    """What of a stream could not be used."""
+    """Counts what could not be read in a stream."""
 
     def __init__(self):
-        self.packets = 0    # how many are damaged
-        self.end = None     # why reading ended before the file did, in words
+        self.packets = 0    # the number of damaged packets
+        self.end = None     # the reason, in words, if reading stopped before the end of the file
 
 
 def packets(container, stream, damage):
-    """Yield the packets of a stream that hold something.
+    """Yield the packets of a stream, without empty ones.
 
-    container.demux() is dead after the first place that cannot be read: this goes on behind it.
+    A generator from container.demux() ends at the first error. This one starts a new one behind it.
     """
     import av
     tries = 0
@@ -56,7 +56,7 @@ def packets(container, stream, damage):
         try:
             for packet in container.demux(stream):
                 tries = 0
-                if packet.size:     # an empty one would end the decoding
+                if packet.size:     # an empty packet would end the decoding
                     yield packet
             return
         except (av.FFmpegError, OSError) as e:
@@ -68,9 +68,9 @@ def packets(container, stream, damage):
 
 
 def decoded(container, stream, damage):
-    """Yield the frames of a stream. container.decode() is dead after the first damaged packet."""
+    """Yield the frames of a stream. Unlike container.decode(), it continues after a damaged packet."""
     import av
-    for packet in chain(packets(container, stream, damage), [None]):    # None: what the decoder has kept
+    for packet in chain(packets(container, stream, damage), [None]):    # None flushes the decoder
         try:
             frames = stream.decode(packet)
         except av.FFmpegError:
@@ -79,67 +79,70 @@ def decoded(container, stream, damage):
         yield from frames
 
 
-# ---------------------------------------------------------------------------------------- rising times
+# ------------------------------------------------------------------------------------- increasing times
 
 def in_order(frames, damage, base):
-    """Frames as they come, but those behind damage by their times, because decoders mix them up there.
+    """Yield the frames, sorted by time behind damage, because there decoders return them out of order.
 
-    The latest frame is held back: what comes after it and is earlier goes first. base: of times, in seconds.
+    One frame is held back, and frames that come after it but have earlier times are yielded before it.
+    base: the unit of the times, in seconds.
     """
-    held, passed, last = None, False, None      # last: the time of the frame that was yielded last
+    held, overtaken, last = None, False, None       # last: the time of the last frame that was yielded
     for frame in frames:
-        if frame.pts is None:       # a raw stream
+        if frame.pts is None:       # a raw stream has no times
             yield frame
             continue
         early = held is not None and frame.pts < held.pts and (last is None or frame.pts > last)
-        if early and (damage.packets or passed or (held.pts - frame.pts) * base > 1):
-            passed, last = True, frame.pts
+        if early and (damage.packets or overtaken or (held.pts - frame.pts) * base > 1):
+            overtaken, last = True, frame.pts
             yield frame
         elif damage.packets and last is not None and 0 <= (last - frame.pts) * base < 1:
-            continue                # its place is gone
+            continue                # it is too late for this frame
         else:
             if held is not None:
                 last = held.pts
                 yield held
-            held, passed = frame, False
-    if held is not None and not passed:     # else its time was wrong
+            held, overtaken = frame, False
+    if held is not None and not overtaken:      # if it was overtaken until the end, its time is wrong
         yield held
 
 
 def shown(container, stream, damage):
-    """Yield the frames of a stream, each with a time of its own that is later than the one before."""
+    """Yield the frames of a stream that a player would show, each with a later time than the one before."""
     clock = Clock(stream.time_base, round(1 / ((stream.average_rate or 25) * stream.time_base)))
     for frame in in_order(decoded(container, stream, damage), damage, stream.time_base):
-        frame.pts, frame.time_base = clock.rising(frame.pts), stream.time_base
+        frame.pts, frame.time_base = clock.increasing(frame.pts), stream.time_base
         yield frame
 
 
 class Clock:
-    """Times that rise: raw streams have none, joined files start theirs anew in the middle."""
+    """Makes times increase. Raw streams have no times, and in files that were joined they start again."""
 
     def __init__(self, base, step):
-        self.base = base                # seconds
-        self.step = max(1, step)        # from one time to the next, in units of base
+        self.base = base                # the unit of the times, in seconds
+        self.step = max(1, step)        # the usual difference of two times, in units of base
         self.last, self.offset = None, 0
 
-    def rising(self, time):
-        """time or None, in units of base -> a time that is later than the one before."""
+    def increasing(self, time):
+        """A time in units of base, or None if there is none -> a time that is later than the one before."""
         if time is not None:
             time += self.offset
         if time is None or (self.last is not None and time <= self.last):
             following = 0 if self.last is None else self.last + self.step
             if time is not None and (self.last - time) * self.base > 1:
-                # it started anew: it goes on from here
-                self.offset += following - time
+                self.offset += following - time     # the times start again, so shift all that follow
             time = following
         self.last = time
         return time
 
 
-# ------------------------------------------------------------------------------------ what was promised
+# ----------------------------------------------------------------------------------- the expected length
 
 def promises(container, stream):
-    """What a container says of its length: frames, seconds, 0 where it does not; and frames a second."""
+    """What a container says about a stream: -> the number of frames, seconds, and frames per second.
+
+    The first two are 0 if it does not say.
+    """
     if stream.duration:
         seconds = float(stream.duration * stream.time_base)
     else:
@@ -148,11 +151,12 @@ def promises(container, stream):
 
 
 def shown_frames(stored, seconds, rate, count, shown):
-    """About how many frames a container promised to show, 0 if it did not say.
+    """About how many frames a player should show according to the container; 0 if it does not say.
 
-    stored, seconds, rate: of promises().  count, shown: the frames that came, and for how many seconds: they
-    say more about the rate than the container does, which may have guessed it from the first frames.
-    An edit list hides some of those that are stored, or shows them twice: the smaller number counts.
+    stored, seconds, rate: the result of promises().  count, shown: the number of frames that were read, and
+    the seconds that they last, or 0. These give a better rate than the container, which may have guessed it
+    from the first frames. An edit list can hide frames that are stored or show them twice, so the smaller of
+    the two estimates is used.
     """
     by_time = seconds * (count / shown if shown else rate)
     return min(stored, by_time) if stored and by_time else stored or by_time

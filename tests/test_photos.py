@@ -119,7 +119,7 @@ def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
     turned, profile = photos.read_still(tmp_path / "b.heic")
     assert turned.shape == (face.shape[1], face.shape[0], 3) and profile is None
     assert np.abs(turned.astype(int) - np.rot90(face, -1)).mean() < 6
-    with pytest.raises(UserError, match="is a folder, and a photo is wanted"):
+    with pytest.raises(UserError, match="is a folder, but a photo file is needed"):
         photos.read_photo(tmp_path)
     with pytest.raises(UserError, match="no file"):
         photos.read_photo(tmp_path / "none.heic")

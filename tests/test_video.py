@@ -324,7 +324,7 @@ def test_paths_are_only_paths(tmp_path, clip, detect, monkeypatch):
         assert sound.usable_sound(name) == name
         encode.write_video("out:" + name, [np.zeros((32, 32, 3), np.uint8)] * 3, np.arange(3), (1, 25), name)
         assert len(list(decode.read_video("out:" + name))) == 3
-    with pytest.raises(UserError, match="is a folder, and a video is wanted"):
+    with pytest.raises(UserError, match="is a folder, but a video file is needed"):
         list(decode.read_video(tmp_path))
 
 
@@ -534,7 +534,7 @@ def test_sound_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys, mon
         raise av.ArgumentError(22, "no such layout")
     monkeypatch.setattr(sound, "add_aac", fail)
     assert sound.usable_sound(tmp_path / "a.avi") is None
-    assert "left out" in capsys.readouterr().err
+    assert "the result will have none" in capsys.readouterr().err
     encode.write_video(tmp_path / "out.mp4", black(5), np.arange(5), (1, 25), None)
     assert len(list(decode.read_video(tmp_path / "out.mp4"))) == 5
 
