@@ -1,4 +1,4 @@
-"""Checkpoints: what a training leaves for the later stages, and what a person file holds."""
+"""Checkpoints of the training, which the later stages read, and person files of the fine-tuning."""
 import warnings
 from dataclasses import asdict, replace
 
@@ -8,11 +8,11 @@ from torch import nn
 from model import Config, Discriminator, Embedder, Generator
 from runtime.files import UserError, pass_on_want_of_memory, save_tensors
 
-FORMAT = 2  # raised whenever an older file can no longer be read
+FORMAT = 2  # the version of the format, which increases when older files can no longer be read
 
 
 def make_config(**values):
-    """A Config. UserError where the values do not fit together."""
+    """-> a Config. Raises UserError if the values do not fit together."""
     try:
         return Config(**values)
     except ValueError as e:
@@ -20,11 +20,12 @@ def make_config(**values):
 
 
 def save_checkpoint(path, kind, config, step=0, run=None, **parts):
-    """Write a flat dict of tensors and plain values that loads under weights_only=True, atomically.
+    """Write a flat dict of tensors and plain values, which can be loaded with weights_only=True.
 
-    kind "meta": E=, G=, V= modules, w0=, b= tensors.  "person": as finetune.save_person says.
-    A module's tensors are stored under "NAME.key", a tensor under its name.
-    run: plain values that name the training run, which --resume compares.
+    kind: "meta", with the parts E, G, V (modules), w0 and b (tensors), or "person", with the parts that
+    finetune.save_person() gives. A module's tensors are stored under "NAME.key", and a tensor under its name.
+    run: plain values that describe the training run, which --resume compares.
+    Raises UserError if the file cannot be written.
     """
     state = {"format": FORMAT, "kind": kind, "step": step, "config": asdict(config), "run": run or {}}
     for name, part in parts.items():
@@ -34,31 +35,35 @@ def save_checkpoint(path, kind, config, step=0, run=None, **parts):
 
 
 def load_checkpoint(path, device="cpu", kind="meta"):
-    """Read what save_checkpoint wrote: the flat dict, "config" a Config. UserError otherwise."""
+    """-> the dict that save_checkpoint() wrote, with a Config as its "config".
+
+    Raises UserError if the file is missing, damaged, of another kind or from another version.
+    """
     try:
-        with warnings.catch_warnings(action="ignore"):  # on foreign pickles, which we refuse below
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which fail below
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
-    except Exception as e:  # torch.load raises a dozen types on damaged or foreign files
+    except Exception as e:  # torch.load raises a dozen types for damaged files and files of other kinds
         pass_on_want_of_memory(e)
         raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
     if not isinstance(state, dict) or not {"format", "kind", "config"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if state["format"] != FORMAT:
-        raise UserError(f"{path} has format {state['format']}, and this version reads format {FORMAT}: "
-                        "make it anew, or use the version that wrote it")
+        raise UserError(f"{path} has format {state['format']}, but this version reads format {FORMAT}: "
+                        "make the file again, or use the version that wrote it")
     if state["kind"] != kind:
         origin = {"meta": "meta_train.py", "person": "finetune.py or infer.py --save-person"}[kind]
-        raise UserError(f"{path} is a {state['kind']} file; a {kind} file is needed, from {origin}")
+        raise UserError(f"{path} is a {state['kind']} file, but a {kind} file is needed, from {origin}")
     try:
         state["config"] = Config(**state["config"])
     except (TypeError, ValueError) as e:
-        raise UserError(f"{path} has a config that this version does not know: {e}") from None
+        raise UserError(f"{path} has a config that this version cannot use: {e}") from None
     return state
 
 
 def _fill(module, state, prefix=""):
+    """Load the tensors with this prefix into a module. Returns it in eval mode on the tensors' device."""
     try:
         part = {k: state[prefix + k] for k in module.state_dict()}
         module.load_state_dict(part)
@@ -69,7 +74,7 @@ def _fill(module, state, prefix=""):
 
 
 def load_networks(state):
-    """E, G, D of a "meta" checkpoint, in eval mode; D without W, which only the training keeps."""
+    """-> E, G, D of a loaded "meta" checkpoint, in eval mode. D has no W, which only --resume needs."""
     config = state["config"]
     E = _fill(Embedder(config), state, "E.")
     G = _fill(Generator(config), state, "G.")
@@ -78,7 +83,7 @@ def load_networks(state):
 
 
 def load_person(state):
-    """G (folded, without P) and psi' (|psi_hat|,) of a loaded "person" checkpoint."""
+    """-> G (folded, without P, in eval mode) and psi' (|psi_hat|,) of a loaded "person" checkpoint."""
     G = Generator(state["config"])
-    G.P = nn.Identity()  # psi' has taken its place (Sec. 3.3)
+    G.P = nn.Identity()     # psi' replaces its output (Sec. 3.3)
     return _fill(G.fold(), state, "G."), state["psi"]

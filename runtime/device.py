@@ -1,4 +1,4 @@
-"""Which device, where bfloat16 is fast on it, and how much of the machine is left to this process."""
+"""Which device to use, whether bfloat16 is fast on it, and how many cores and how much memory are free."""
 import math
 import os
 from pathlib import Path
@@ -16,20 +16,24 @@ def default_device():
 
 
 def device_of_rank(local_rank):
-    """The GPU of a rank on this machine, or the CPU without GPUs. UserError where there are too few."""
+    """-> the torch.device of a rank on this machine: its GPU, or the CPU if there are no GPUs.
+
+    Raises UserError if there are fewer GPUs than ranks.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} ranks or more on this machine, but only "
-                        f"{torch.cuda.device_count()} GPUs")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"this machine has only {gpus} GPUs: use torchrun --nproc_per_node {gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def fast_dtype(device):
-    """bfloat16 where the device multiplies it fast, float32 elsewhere.
+    """torch.bfloat16 if the device computes with it fast, else torch.float32.
 
-    Fast are CUDA from Ampere on, and CPUs with AMX or avx512_bf16: a training step takes 0.6 of the time.
+    It is fast on CUDA GPUs since Ampere and on CPUs with AMX or avx512_bf16, where a training step takes 0.6
+    times as long.
     """
     kind = torch.device(device).type
     fast = False
@@ -42,30 +46,30 @@ def fast_dtype(device):
 
 
 def autocast(device):
-    """A context in which a training computes in fast_dtype(device) where it may; weights stay float32."""
+    """A context in which training computes in fast_dtype(device). The weights stay float32."""
     enabled = fast_dtype(device) == torch.bfloat16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
-# --------------------------------------------------------------------- what is left to this process
+# ------------------------------------------------------------------------------ free cores and memory
 
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-CACHES = "active_file", "inactive_file"     # what memory.stat says of files that were read
+CACHES = "active_file", "inactive_file"     # the page cache in memory.stat
 
 
 def usable_cores():
-    """How many cores this process may use, fewer than the machine has by its affinity or in its container."""
+    """The number of cores that this process may use, given its affinity and the limits of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in control_groups("cpu"):
         limit = numbers(group / "cpu.max") or (numbers(group / "cpu.cfs_quota_us")
                                                + numbers(group / "cpu.cfs_period_us"))
-        if len(limit) == 2 and limit[0] > 0:        # microseconds of a period, -1 for all of it
+        if len(limit) == 2 and limit[0] > 0:        # microseconds per period; -1 means no limit
             cores = min(cores, max(1, limit[0] / limit[1]))
     return int(cores)
 
 
 def free_memory():
-    """How many bytes are left to this process, on the machine or in its container; infinite if unknown."""
+    """The number of free bytes for this process on the machine and in its container; infinite if unknown."""
     free = 1024 * counts(PROC / "meminfo").get("MemAvailable:", math.inf)
     for group in control_groups("memory"):
         limit = numbers(group / "memory.max") or numbers(group / "memory.limit_in_bytes")
@@ -73,14 +77,15 @@ def free_memory():
         if limit and used:
             stat = counts(group / "memory.stat")
             cached = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in CACHES)
-            free = min(free, limit[0] - used[0] + cached)       # what is cached is given up in need
+            free = min(free, limit[0] - used[0] + cached)       # the system can free its cache
     return free
 
 
 def control_groups(controller):
-    """The folders of this process's control groups and of those around them, of version 1 and 2 (cgroups(7)).
+    """The folders of this process's control groups and of all groups that contain them; see cgroups(7).
 
-    Not all need be there: in a container the outermost one is its own.
+    Versions 1 and 2 are supported. Some folders may not exist, because a container sees its own group as the
+    outermost one.
     """
     groups = []
     for line in text(PROC / "self/cgroup").splitlines():
@@ -93,7 +98,7 @@ def control_groups(controller):
 
 
 def text(path):
-    """What a file of the system says; nothing where there is none."""
+    """The content of a system file, or "" if it does not exist."""
     try:
         return path.read_text()
     except OSError:
@@ -101,10 +106,11 @@ def text(path):
 
 
 def numbers(path):
+    """The numbers in a system file, with infinity for "max"."""
     return [math.inf if word == "max" else float(word) for word in text(path).split()]
 
 
 def counts(path):
-    """{name: number} of a file with a line for each."""
+    """-> {name: number} from a system file that has a name and a number in each line."""
     rows = (line.split() for line in text(path).splitlines())
     return {row[0]: float(row[1]) for row in rows}

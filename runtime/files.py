@@ -1,7 +1,4 @@
-"""The ground of the other files: errors for people, checked paths, writes that are whole or absent.
-
-It imports none of the others.
-"""
+"""Errors in one line for the user, checks of paths and flags, and atomic writes."""
 import argparse
 import errno
 import os
@@ -17,11 +14,14 @@ import torch
 
 
 class UserError(Exception):
-    """What a user can mend: a wrong file, a missing folder. Scripts print one line and leave with code 2."""
+    """A problem that the user can solve, such as a missing file. Its message is one line.
+
+    run() prints it and exits with code 2.
+    """
 
 
 def run(main):
-    """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2."""
+    """Run a script's main(). Problems that the user can solve are printed in one line, with exit code 2."""
     open_closed_streams()
     leave_on_signals(signal.SIGTERM, signal.SIGHUP)
     try:
@@ -29,35 +29,35 @@ def run(main):
         sys.stdout.flush()
         return result
     except UserError as e:
-        # one that was raised in a loader's worker comes with that worker's traceback before it
+        # if a loader's worker raised it, the message begins with that worker's traceback
         name = f"{UserError.__module__}.UserError: "
         message = "error: " + str(e).strip().splitlines()[-1].removeprefix(name)
         code = 2
     except KeyboardInterrupt as e:
         message = f"stopped: {e}" if str(e) else "stopped"
         code = 130
-    except BrokenPipeError:     # whoever read our output has gone
+    except BrokenPipeError:     # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(1)
     except (MemoryError, RuntimeError, OSError, ImportError) as e:
         if short_of_shared_memory(e):
-            message = ("error: too little shared memory for the loader's workers: give it more room "
-                       "(docker run --shm-size 1g, or mount -o remount,size=1g /dev/shm)")
+            message = ("error: too little shared memory for the loader's workers: make it larger, with "
+                       "docker run --shm-size 1g or mount -o remount,size=1g /dev/shm")
         elif short_of_memory(e):
             where = " on the GPU" if isinstance(e, torch.OutOfMemoryError) else ""
-            message = (f"error: not enough memory{where}: close what else uses it, or give meta_train.py "
-                       "a smaller --batch, data.py fewer --workers")
+            message = (f"error: not enough memory{where}: close other programs, or use a smaller --batch "
+                       "(meta_train.py) or fewer --workers (data.py)")
         else:
             raise
         code = 2
-    print(message, file=sys.stderr)     # only now: a progress bar has been closed with the exception
+    print(message, file=sys.stderr)     # here, because the exception has closed any progress bar by now
     sys.exit(code)
 
 
 def leave_on_signals(*numbers):
-    """The first of these signals ends the process by way of all `finally`s, which a second would break off.
+    """Let these signals raise SystemExit, so that every `finally` runs, which a second one does not stop.
 
-    One that is ignored stays so: SIGHUP, which a broken connection sends, under nohup.
+    A signal that is ignored stays ignored, such as SIGHUP (a closed connection) under nohup.
     """
     def leave(number, frame):
         for heard in numbers:
@@ -71,7 +71,7 @@ def leave_on_signals(*numbers):
 
 
 def forget_lost_terminal():
-    """What would be written to a terminal that is gone, goes nowhere: else every line is an error."""
+    """Discard stdout and stderr if they are a terminal that was closed. Otherwise every print would fail."""
     for number in (1, 2):
         is_device = stat.S_ISCHR(os.fstat(number).st_mode)
         if is_device and not os.isatty(number):
@@ -79,14 +79,15 @@ def forget_lost_terminal():
 
 
 def make_parser(doc):
-    """doc: a script's docstring, shown by --help as it stands."""
+    """-> an ArgumentParser. doc: the script's docstring, which --help prints as it is."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def open_closed_streams():
-    """Give stdin, stdout and stderr a place where they are closed, and words for names they cannot show.
+    """Open stdin, stdout and stderr to the null device if they are closed, and let them print any file name.
 
-    Else the next file that is opened gets the number of stderr, and libraries write their warnings into it.
+    Otherwise the next file that is opened would get the descriptor of stderr, and libraries would write their
+    warnings into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -101,23 +102,26 @@ def open_closed_streams():
 
 
 def short_of_shared_memory(error):
-    """Whether torch's DataLoader failed for want of room in /dev/shm, where its workers hand over batches."""
+    """Whether torch's DataLoader failed because /dev/shm is full, through which its workers pass batches."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
 
 
-# in the words of C, torch's allocators, C++, the linker, oneDNN, and of a loader whose worker Linux killed
+# The messages of C, torch's allocators, C++, the linker, oneDNN, and of a loader whose worker Linux killed.
 OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment|"
                            r"could not create a primitive$|is killed by signal: Killed")
 
 
 def short_of_memory(error):
-    """Whether an error says that there is too little memory: on a CPU, torch's is a plain RuntimeError."""
+    """Whether an error means that memory ran out. On a CPU, torch raises a plain RuntimeError for this."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def pass_on_want_of_memory(error):
-    """Raise it again if that is what it says. For those who take any other exception for a damaged file."""
+    """Raise an error again if it means that memory ran out.
+
+    It is for code that would take any exception for a sign of a damaged file.
+    """
     if short_of_memory(error):
         raise error
 
@@ -129,9 +133,9 @@ def warn(message):
 # ------------------------------------------------------------------------------------- flags and paths
 
 def check_paths(inputs, outputs=()):
-    """UserError now, not after minutes of work, if an input is missing or an output cannot be written.
+    """Raise UserError if an input is missing or an output cannot be written, before minutes of work are lost.
 
-    inputs, outputs: lists of paths, None where a flag was not given. All bad inputs are named at once.
+    inputs, outputs: lists of paths, with None for flags that were not given. All bad inputs are named.
     """
     inputs = [path for path in inputs if path is not None]
     outputs = [path for path in outputs if path is not None]
@@ -145,61 +149,64 @@ def check_paths(inputs, outputs=()):
     targets = [os.path.realpath(path) for path in outputs]
     for k, path in enumerate(outputs):
         if targets[k] in targets[:k]:
-            raise UserError(f"cannot write {path}: another output has the same name")
+            raise UserError(f"cannot write {path}: another output has the same name: choose different names")
 
 
 def check_least(args, least, *names):
-    """UserError for the first of these flags (as argparse names them) that is below `least`."""
+    """Raise UserError if one of these flags, as named by argparse, is less than `least`."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {least} or more is needed")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
 
 
 def check_idle(args, reason, *names):
-    """UserError for those of these flags (as argparse names them) that are given, but change nothing."""
+    """Raise UserError if any of these flags, as named by argparse, is given, because it has no effect.
+
+    reason: why it has none.
+    """
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
     if given:
         raise UserError(f"{reason}: leave out {', '.join(given)}")
 
 
 def problem_of_input(path):
-    """A few words on why a path cannot be read as a file; None where it can."""
+    """-> a few words on why a path cannot be read as a file, or None if it can."""
     if os.path.isdir(path):
-        return f"{path} is a folder, and a file is wanted"
+        return f"{path} is a folder, but a file is needed"
     if not os.path.isfile(path):
         return f"no file {path}"
     return None
 
 
 def problem_of_output(path, inputs):
-    """A few words on why no file may be written at a path, or where its link leads; None where it may."""
+    """-> a few words on why a file cannot be written to a path, or None if it can. Links are followed."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     if path.endswith(os.sep):
-        return "that is the name of a folder"
+        return "this is the name of a folder, but a file name is needed"
     try:
         mode = os.lstat(target).st_mode
     except FileNotFoundError:
         mode = None
-    except OSError as e:        # among them: a name that is too long
+    except OSError as e:        # for example, the name is too long
         return e.strerror
     if mode is not None and stat.S_ISDIR(mode):
         return "it is a folder"
-    if mode is not None and not stat.S_ISREG(mode):     # a device, a pipe, a link to itself
-        return "it is no regular file"
+    if mode is not None and not stat.S_ISREG(mode):     # a device, a pipe, or a link to itself
+        return "it is not a regular file"
     name = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         return f"no folder {name} to write to"
     if not os.access(folder, os.W_OK):
         return f"the folder {name} is read-only"
     if mode is not None and any(os.path.samefile(target, i) for i in inputs):
-        return "it is also an input, and would be lost"
+        return "it is also an input, which would be overwritten"
     return None
 
 
 def make_folder(path):
-    """Make the folder that --out names. UserError where that cannot be, or where it is read-only."""
+    """Make the folder that --out names. Raises UserError if that is impossible, or if it is read-only."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
@@ -208,24 +215,25 @@ def make_folder(path):
         raise UserError(f"cannot write to --out {path}: the folder is read-only")
 
 
-# ----------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------- atomic writes
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name to write to, renamed to `path` at the end: that is absent, as before, or whole.
+    """A context that yields a temporary name for a file, which is renamed to `path` at the end.
 
-    A link keeps pointing to its target, which is written. UserError where it cannot be written.
+    So `path` is always either as it was before or complete. If it is a link, the file to which it points is
+    replaced. Raises UserError if it cannot be written.
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    # Random, because processes in two containers can have the same number. 50 characters are at most 200
-    # bytes: the file's own name may have all 255 that there can be.
+    # The number is random and not the process's, because processes in two containers can have the same one.
+    # Names may have 255 bytes, which the file's own name may use up, and 50 characters are at most 200 bytes.
     temporary = os.path.join(folder, f"{os.path.basename(target)[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.lexists(target) and not os.path.isfile(target):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        open(temporary, "x").close()    # with the permissions that any new file has; nobody else's file
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        open(temporary, "x").close()    # it gets the usual permissions; "x", so that no file is overwritten
         yield temporary
         move(temporary, target)
     except OSError as e:
@@ -236,9 +244,9 @@ def atomic(path):
 
 
 def move(temporary, target):
-    """Rename, with the permissions of the file that is replaced.
+    """Rename a file, which gets the permissions of the file that it replaces.
 
-    A file that is a mount point (docker -v FILE:FILE) cannot be replaced, and is copied into.
+    A file that is a mount point (docker -v FILE:FILE) cannot be replaced, so it is overwritten.
     """
     if os.path.exists(target):
         shutil.copymode(target, temporary)
@@ -251,9 +259,9 @@ def move(temporary, target):
 
 
 def save_tensors(state, path):
-    """torch.save, atomically."""
+    """torch.save(), but atomic. Raises UserError if the file cannot be written."""
     with atomic(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as e:  # what torch.save makes of a full disk
+        except RuntimeError as e:   # torch.save raises this if the disk is full
             raise OSError(str(e).splitlines()[0]) from None

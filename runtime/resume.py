@@ -1,6 +1,6 @@
-"""What a training run leaves and finds: complete steps, a rank's state, the log; what all ranks agree on.
+"""Saving and resuming a training run, its log and its signals, and agreement between its ranks.
 
-A step N is complete when step-N.pt is there: every rank has written its step-N.rank-R.state before.
+Step N is complete once step-N.pt exists, because every rank R writes its step-N.rank-R.state before that.
 """
 import csv
 import os
@@ -19,17 +19,17 @@ from runtime.files import (UserError, atomic, forget_lost_terminal, make_folder,
                            save_tensors, warn)
 
 LOG_EVERY = 50  # steps
-LOGGED = ["cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"]      # what train_step returns
+LOGGED = ["cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"]      # the values that train_step() returns
 COLUMNS = ["step", *LOGGED, "samples/s", "wait%"]
 
 
 class Training(NamedTuple):
-    """What one rank saves, and finds again."""
+    """What one rank saves and restores."""
     out: str            # the run's folder
-    config: object
-    run: dict           # plain values that name the run; --resume compares them and the config
+    config: object      # a Config
+    run: dict           # plain values that describe the run; --resume compares these and the config
     nets: tuple         # E, G, D
-    averages: tuple     # of E and G: what checkpoints hold
+    averages: tuple     # the averages of E and G, which the checkpoints hold
     optimizers: list
     rank: int
     world: int
@@ -39,9 +39,12 @@ class Training(NamedTuple):
 # --------------------------------------------------------------------------------------------- the files
 
 def open_run(out, resume):
-    """Make the folder of a run. Returns the steps of the checkpoints there; UserError if they must not be."""
+    """Make the folder of a run -> the steps of its checkpoints, ascending.
+
+    Raises UserError if there are checkpoints without --resume, or the folder cannot be made.
+    """
     done = checkpoints(out)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts failed runs again
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun, after a failure
     if done and not resume and not restarted:
         raise UserError(f"{out} already holds {len(done)} checkpoints: add --resume, or name another --out")
     make_folder(out)
@@ -49,14 +52,14 @@ def open_run(out, resume):
 
 
 def checkpoints(out):
-    """Steps of the complete checkpoints in `out`, ascending."""
+    """-> the steps of the complete checkpoints in `out`, ascending."""
     names = (re.fullmatch(r"step-(\d+)\.pt", file.name) for file in Path(out).glob("step-*.pt"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def clear(out, keep):
-    """Delete checkpoints but those of the steps in `keep`, and what a killed run left behind."""
-    for end in ("pt", r"rank-\d+\.state"):  # the .pt first: without it the rest does not count
+    """Delete all checkpoints except the steps in `keep`, and temporary files that a killed run has left."""
+    for end in ("pt", r"rank-\d+\.state"):  # the .pt first, because a step without it is incomplete
         for file in Path(out).glob("step-*"):
             match = re.fullmatch(rf"step-(\d+)\.{end}(\.[0-9a-f]{{16}}\.tmp)?", file.name)
             if match and (match[2] or int(match[1]) not in keep):
@@ -64,7 +67,10 @@ def clear(out, keep):
 
 
 def save_step(training, step):
-    """Every rank its state, a barrier, then rank 0 the portable checkpoint; the last two are kept."""
+    """Save a step: first the state of every rank, then, after a barrier, the checkpoint by rank 0.
+
+    Only the last two steps are kept.
+    """
     out, rank, world = training.out, training.rank, training.world
     E, G, D = training.nets
     state = {"D": D.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
@@ -79,30 +85,30 @@ def save_step(training, step):
         save_checkpoint(f"{out}/step-{step}.pt", "meta", training.config, step, training.run, **parts)
         clear(out, keep=checkpoints(out)[-2:])
     if world > 1:
-        dist.barrier()      # nobody leaves before the checkpoint is there
+        dist.barrier()      # no rank may exit before the checkpoint exists
 
 
 def restore(training):
-    """Fill networks and optimizers from the newest step that every rank can read. Returns the step, or 0."""
+    """Load networks and optimizers from the newest step that all ranks can read -> the step, or 0."""
     step, ckpt, state = newest_step(training)
     if not step:
         return 0
     (E, G, D), (average_E, average_G) = training.nets, training.averages
     average_E.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("E.")})
     average_G.load_state_dict({k[2:]: v for k, v in ckpt.items() if k.startswith("G.")})
-    if training.run["ema"]:  # the checkpoint has the averages, the state the networks themselves
+    if training.run["ema"]:     # then the checkpoint has the averages, and the state has the networks
         E.load_state_dict(state["nets"][0])
         G.load_state_dict(state["nets"][1])
     D.load_state_dict(state["D"])
-    for optimizer, was in zip(training.optimizers, state["optimizers"]):
-        optimizer.load_state_dict(was)
+    for optimizer, saved in zip(training.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     return step
 
 
 def newest_step(training):
-    """(step, checkpoint, state) of the newest step that every rank can read; (0, None, None) without one.
+    """-> (step, checkpoint, state) of the newest step that all ranks can read; (0, None, None) without steps.
 
-    UserError, on all ranks alike, if there are only steps that cannot be read, or those of another run.
+    Raises UserError, on all ranks, if no step can be read or the run has other settings.
     """
     out, steps, advice = training.out, checkpoints(training.out), None
     for step in reversed(steps):
@@ -112,22 +118,22 @@ def newest_step(training):
         unreadable, usable, missing = any_rank(flags, training.world, training.device)
         if not unreadable:
             return step, ckpt, state
-        if usable and not advice:       # the newest
+        if usable and not advice:       # from the newest step that has a checkpoint
             advice = f"start a new run from {out}/step-{step}.pt with --grow-from and another --out"
             if missing:
-                advice = (f"a step-{step}.rank-R.state of every rank is needed beside step-{step}.pt: if the "
+                advice = (f"every rank's step-{step}.rank-R.state is needed beside step-{step}.pt: if the "
                           f"run was copied here, copy these files, too; or {advice}")
     if not steps:
         return 0, None, None
-    advice = advice or "name another --out to start anew"
+    advice = advice or "name another --out to start again"
     raise shared_error(training.rank, f"none of the checkpoints in {out} can be resumed: {advice}")
 
 
 def read_step(training, step, path):
-    """The two files of a complete step: (checkpoint, this rank's state), None for one that cannot be read.
+    """-> (checkpoint, this rank's state) of a complete step, with None for a file that cannot be read.
 
-    path: of the state. UserError if they are of another run, of which the checkpoint tells, so that all ranks
-    come to the same result.
+    path: of the state. Raises UserError if the checkpoint has other settings than this run. All ranks read
+    the same checkpoint, so they agree.
     """
     try:
         ckpt = load_checkpoint(f"{training.out}/step-{step}.pt", training.device)
@@ -137,12 +143,13 @@ def read_step(training, step, path):
     was, now = vars(ckpt["config"]) | ckpt["run"], vars(training.config) | training.run
     changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
-        advice = f"Use the same again, or start a new run from {training.out}/step-{step}.pt with --grow-from"
+        advice = (f"Use the same settings again, or start a new run from {training.out}/step-{step}.pt with "
+                  "--grow-from")
         raise shared_error(training.rank,
                            f"{training.out} cannot be resumed: {'; '.join(changed)}. {advice}")
     try:
         return ckpt, torch.load(path, map_location=training.device, weights_only=True)
-    except Exception as e:  # torch.load raises a dozen types on damaged files
+    except Exception as e:  # torch.load raises a dozen types for damaged files
         pass_on_want_of_memory(e)
         reason = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
         warn(f"step {step} cannot be resumed: {path} {reason}")
@@ -150,26 +157,26 @@ def read_step(training, step, path):
 
 
 def shared_error(rank, message):
-    """What to raise where all ranks have come to the same error: one of them says it, all leave alike."""
+    """-> the exception to raise for an error on all ranks: all exit, but only rank 0 prints the message."""
     return UserError(message) if rank == 0 else SystemExit(2)
 
 
 # --------------------------------------------------------------------------------------------- the ranks
 
 def find_ranks():
-    """-> rank, world and the rank on this machine, as torchrun sets them; 0, 1, 0 without it."""
+    """-> rank, number of ranks, and rank on this machine, as torchrun sets them; 0, 1, 0 without torchrun."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(f"WORLD_SIZE={world} is set without what torchrun sets beside it: unset it, "
-                        "or start with torchrun")
+        raise UserError(f"WORLD_SIZE={world} is set, but not all variables of torchrun: start this with "
+                        "torchrun, or unset WORLD_SIZE")
     return int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0))
 
 
 def join_ranks(backend, rank, world):
-    """The process group, with keys of its own after each of torchrun's restarts.
+    """Start the process group, with other keys in the store after each restart by torchrun.
 
-    The restarts share a store, where ranks can meet the addresses of those that died and wait for ever
-    (PyTorch's issue 135712). Not on several nodes, which count restarts each for itself.
+    All restarts share one store. Without this, a rank can find the address of a rank that has died there, and
+    wait forever (PyTorch issue 135712). With several nodes it is left out, as each counts its own restarts.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -178,7 +185,7 @@ def join_ranks(backend, rank, world):
 
 
 def any_rank(flags, world, device):
-    """Each of the flags: is it set on any of the ranks? So that all of them do the same."""
+    """-> [bool]: for each of these flags, whether it is set on any rank, so that all ranks act alike."""
     flags = torch.tensor(flags, dtype=torch.float32, device=device)
     if world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -186,7 +193,7 @@ def any_rank(flags, world, device):
 
 
 def check_finite(values, weights, step, out, world):
-    """UserError, on all ranks, if a loss or one of the weights is NaN or infinite on any of them."""
+    """Raise UserError on all ranks if a loss or a weight is NaN or infinite on any of them."""
     finite = {name: bool(value.isfinite()) for name, value in values.items()}
     if weights:
         finite["a weight"] = all(torch.isfinite(w).all() for w in weights)
@@ -197,19 +204,20 @@ def check_finite(values, weights, step, out, world):
     good = checkpoints(out)
     advice = "There is no checkpoint yet: start"
     if good:
-        advice = (f"The last good checkpoint is {out}/step-{good[-1]}.pt: go on from it with --resume. "
-                  "If it comes again, start")
-    raise UserError(f"step {step}: {', '.join(bad)} is NaN or infinite. {advice} anew with a lower --lr "
+        advice = (f"The last good checkpoint is {out}/step-{good[-1]}.pt: continue from it with --resume. "
+                  "If this happens again, start")
+    raise UserError(f"step {step}: {', '.join(bad)} is NaN or infinite. {advice} a new run with a lower --lr "
                     "and --lr-d in another --out")
 
 
 # ------------------------------------------------------------------------------------------- the signals
 
 class Signals:
-    """While it is open, signals that end a run are noted in `came`, as (number, time): the loop saves first.
+    """A context in which SIGTERM, SIGINT, SIGHUP are only noted in `came`, so that the loop can save.
 
-    They are SIGTERM, SIGINT and SIGHUP, but none that is ignored, as SIGHUP is under nohup. One that comes
-    seconds after the first ends the process at once (clusters send the first one twice).
+    came: [(number, time)].
+    A signal that is ignored stays ignored, such as SIGHUP under nohup. A signal more than 3 seconds after the
+    first one ends the process at once. Earlier ones do not, because clusters send the first one twice.
     """
 
     def __enter__(self):
@@ -227,7 +235,7 @@ class Signals:
         self.came.append((number, time.time()))
 
     def leave(self, words):
-        """End the process as the signal would have, of which another rank may have been told alone."""
+        """Exit as by the signal, which may have reached another rank only."""
         print(words, file=sys.stderr)
         sys.exit(128 + (self.came[0][0] if self.came else signal.SIGTERM))
 
@@ -237,7 +245,10 @@ class Signals:
 
 
 def worker_signals(worker):
-    """A loader's worker leaves signals to the main process, which may need one more batch; it waits."""
+    """Keep a loader's worker alive for 5 seconds after SIGTERM, and let it ignore SIGINT and SIGHUP.
+
+    The main process, which receives the same signals, may need one more batch before it saves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
@@ -247,7 +258,7 @@ def worker_signals(worker):
 # ------------------------------------------------------------------------------------------------ the log
 
 class Log:
-    """Means over the steps since the last line, aligned on the screen and as CSV."""
+    """Prints the means over the steps since the last line, and appends them to a CSV file."""
 
     def __init__(self, path, start, total):
         self.path, self.start, self.total = path, start, total
@@ -256,18 +267,19 @@ class Log:
         self.last_step = start
         lines = Path(path).read_text().splitlines()[1:] if start and os.path.exists(path) else []
         rows = [line.split(",") for line in lines]
-        whole = [row for row in rows if len(row) == len(COLUMNS)]   # a kill can leave half of one
+        whole = [row for row in rows if len(row) == len(COLUMNS)]   # a killed run can leave half a row
         rows = [row for row in whole if int(row[0]) <= start]
         with atomic(path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         print("".join(f"{c:>10}" for c in COLUMNS) + f"{'ETA':>10}", flush=True)
 
     def add(self, values, waited):
-        """values: of train_step.  waited: seconds for the batch."""
+        """Add a step. values: the result of train_step().  waited: seconds until its batch was loaded."""
         self.values.append(torch.stack([values[name] for name in LOGGED]))
         self.waited += waited
 
     def write(self, step, samples_per_step):
+        """Write a line for the steps that were added since the last one."""
         # the numbers
         now = time.time()
         seconds, steps = max(now - self.since, 1e-9), step - self.last_step

@@ -251,7 +251,7 @@ def test_a_run_that_was_copied_without_its_states(tmp_path):
     assert "start a new run from copy/step-2.pt with --grow-from and another --out" in error
     # another run than the one that was copied: that comes first
     line = fail(*flags, "--steps", "4", "--out", "copy", "--resume", "--K", "3", cwd=tmp_path)
-    assert "K was 2, now 3. Use the same again, or start a new run from copy/step-2.pt with --grow" in line
+    assert "K was 2, now 3. Use the same settings again, or start a new run from copy/step-2.pt" in line
     assert [file.name for file in (tmp_path / "copy").iterdir()] == ["step-2.pt"]
     # the first advice, and the second
     shutil.copy(tmp_path / "run/step-2.rank-0.state", tmp_path / "copy")
@@ -325,8 +325,8 @@ def resume_with_two(out, cwd):
 def test_a_run_of_one_rank_is_not_resumed_with_two(tmp_path):
     succeed("meta_train.py", *TINY_FLAGS, "--out", "run", "--steps", "2", "--save-every", "2", cwd=tmp_path)
     assert resume_with_two("run", tmp_path) == [
-        "error: run cannot be resumed: ranks was 1, now 2. Use the same again, or start a new run from "
-        "run/step-2.pt with --grow-from"]
+        "error: run cannot be resumed: ranks was 1, now 2. Use the same settings again, or start a new run "
+        "from run/step-2.pt with --grow-from"]
 
 
 def test_all_ranks_refuse_if_the_state_of_one_is_missing(live, tmp_path):
@@ -335,7 +335,7 @@ def test_all_ranks_refuse_if_the_state_of_one_is_missing(live, tmp_path):
         (tmp_path / f"moved/step-{step}.rank-1.state").unlink()
     *warnings, error = resume_with_two("moved", tmp_path)
     assert len(warnings) == 2 and "step-8.rank-1.state is missing" in warnings[0]
-    assert "none of the checkpoints in moved can be resumed: a step-8.rank-R.state of every rank" in error
+    assert "none of the checkpoints in moved can be resumed: every rank's step-8.rank-R.state" in error
     assert "copy these files, too; or start a new run from moved/step-8.pt with --grow-from" in error
 
 

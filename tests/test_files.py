@@ -37,14 +37,14 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "null").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to("missing/a.mp4")
-    for path, words in (("/dev/null", "no regular file"), (tmp_path / "pipe", "no regular file"),
+    for path, words in (("/dev/null", "not a regular file"), (tmp_path / "pipe", "not a regular file"),
                         (tmp_path, "a folder"), (f"{tmp_path}/new/", "name of a folder"),
                         (tmp_path / "loop", "cannot write"),
-                        (tmp_path / "null", "no regular file"), (tmp_path / "nowhere", "no folder"),
+                        (tmp_path / "null", "not a regular file"), (tmp_path / "nowhere", "no folder"),
                         (tmp_path / ("a" * 256), "too long")):
         with pytest.raises(UserError, match=words):
             check_paths([], [str(path)])
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         write(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo() and not os.path.isfile("/dev/null")
 
@@ -179,7 +179,7 @@ def test_too_little_memory_is_one_line_and_damages_nothing(tmp_path):
     for line in ("load_checkpoint('large.pt')", "torch.zeros(50_000_000)", "bytearray(200_000_000)"):
         done = run(tmp_path, "import resource, torch" + body.format(line))
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert "error: not enough memory: close what else uses it" in done.stderr
+        assert "error: not enough memory: close other programs" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

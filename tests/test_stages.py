@@ -258,7 +258,7 @@ def wrong(tmp_path_factory, checkpoint, clip):
     (dict(checkpoint="none.pt"), "no file none.pt"),
     (dict(checkpoint="text.jpg"), "text.jpg is not a readable checkpoint"),
     (dict(checkpoint="foreign.pt"), "foreign.pt is not a checkpoint of this project"),
-    (dict(checkpoint="format.pt"), "format 99, and this version reads format 2"),
+    (dict(checkpoint="format.pt"), "format 99, but this version reads format 2"),
     (dict(checkpoint="config.pt"), "does not fit its own config"),
     (dict(checkpoint="ff.pt"), "without the match loss"),
     (dict(checkpoint="vgg.pt"), "put the file into"),
@@ -285,7 +285,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
 
 @pytest.mark.parametrize("arguments,words", [
     (["infer.py", "--person", "CHECKPOINT", "--driver", str(ROOT / "assets/speech.npz")],
-     "is a meta file; a person file is needed"),
+     "is a meta file, but a person file is needed"),
     (["finetune.py", "--photos", "dark.png", "--checkpoint", "CHECKPOINT"], "no face found in dark.png"),
     (["finetune.py", "--photos", str(PHOTO), "--epochs", "0"], "--epochs 0"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "ff.pt"], "without the match loss"),
