@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from media.crops import MADE_UP
 from media.prepare import default_workers, prepare
 from runtime.device import usable_cores
-from runtime.files import UserError, make_parser, pass_on_want_of_memory, run, warn
+from runtime.files import UserError, make_parser, raise_if_out_of_memory, run, warn
 from runtime.resume import worker_signals
 
 SIZES = (64, 128, 256, 512)     # S: the image sizes that the networks accept
@@ -122,7 +122,7 @@ class PreparedVideos:
         except OSError as e:    # for example no permission, or a network drive that is gone
             raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
-            pass_on_want_of_memory(e)
+            raise_if_out_of_memory(e)
             raise UserError(f"{self.files[i]} is damaged or not from this version of data.py "
                             f"({type(e).__name__}): delete it and prepare it again") from None
 

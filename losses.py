@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.files import UserError, pass_on_want_of_memory, warn
+from runtime.files import UserError, raise_if_out_of_memory, warn
 
 FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
@@ -189,7 +189,7 @@ def read_matconvnet(path):
         layers = [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4]
         return layers, mean
     except Exception as e:  # scipy raises many types on foreign or damaged files
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise UserError(f"{path} is not a MatConvNet network ({reason})") from None
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from data import PreparedVideos
 from media.faces import MIRRORED
-from runtime.files import UserError, atomic, check_paths, make_parser, pass_on_want_of_memory, run, warn
+from runtime.files import UserError, atomic, check_paths, make_parser, raise_if_out_of_memory, run, warn
 
 FACE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "face3d.npz")
 
@@ -252,7 +252,7 @@ def load_face3d(path=FACE):
             raise ValueError("its arrays do not have the shapes of a face model")
         return model
     except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         raise UserError(f"{path} is not a 3-D face model of beyond.face3d ({e})") from None
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from beyond.face3d import LIPS, fit
 from data import to_float
 from media.faces import five_points
-from runtime.files import UserError, pass_on_want_of_memory
+from runtime.files import UserError, raise_if_out_of_memory
 
 STILL = 1e-6    # a standard deviation below this is a rounding error, in eye distances or radians
 SIDE = 256      # smaller frames are enlarged to this many pixels before a face is looked for
@@ -117,7 +117,7 @@ def torchscript_recognition(path, device):
         if net(torch.zeros(1, 3, 112, 112, device=device)).ndim != 2:
             raise ValueError("its result is not a vector")
     except Exception as e:  # torch raises many types on foreign files
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         kind = type(e).__name__
         raise UserError(f"{path} is not a TorchScript network that turns (1, 3, 112, 112) into (1, d) "
                         f"({kind})") from None
@@ -210,7 +210,7 @@ def inception(path, device):
         torch.load(path, map_location="cpu", weights_only=True)     # the library would run code in a pickle
         net = Extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         kind = type(e).__name__
         raise UserError(f"{path} does not hold the weights of the FID's Inception network ({kind})") from None
     return lambda images: net(images.to(device))[0].cpu()

@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from media.decode import pixel_aspect, side_data, to_rgb, to_srgb_from_hdr
 from media.streams import main_video, open_media
-from runtime.files import UserError, pass_on_want_of_memory
+from runtime.files import UserError, raise_if_out_of_memory
 
 MOST = 300_000_000      # larger photos (in pixels) are refused; phones have up to 200 million
 LARGE = 90_000_000      # larger ones are read at a quarter of their width and height, enough for a face
@@ -50,7 +50,7 @@ def read_photo(path):
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise too_large(path) from None
     except Exception as e:      # PIL raises a dozen types for damaged files
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         raise UserError(f"{path} is not a picture that can be read ({e})") from None
     try:    # formats that PIL does not know, such as .heic
         image, profile = read_still(path)

@@ -17,7 +17,7 @@ from media.faces import landmark_detector
 from media.folders import evenly, faces_in, find_sequences, first_names
 from media.recognition import are_several, dlib_recognition
 from runtime.device import free_memory, usable_cores
-from runtime.files import UserError, leave_on_signals, make_folder, pass_on_want_of_memory, save_tensors
+from runtime.files import UserError, leave_on_signals, make_folder, raise_if_out_of_memory, save_tensors
 
 WORKER_MEMORY = 627e6   # bytes that a worker process needs
 COMPARED = 4            # the number of files of a sequence that are compared to see if they show one person
@@ -141,7 +141,7 @@ def _prepare(files, out, size, max_frames):
         except UserError as e:
             problems.append(str(e))
         except Exception as e:  # one bad file among a million must not stop the others
-            pass_on_want_of_memory(e)
+            raise_if_out_of_memory(e)
             problems.append(f"{file}: {type(e).__name__}: {e}")
     if len(jpegs) < 2:
         return 0, 0, problems + [f"{files[0].parent}: {len(jpegs)} frames show a face, but 2 are needed"]

@@ -14,7 +14,7 @@ from media.crops import crop, shots, steady_boxes, to_crop
 from media.decode import read_video, to_rgb
 from media.faces import TURNED
 from media.following import Follower
-from runtime.files import UserError, atomic, pass_on_want_of_memory, warn
+from runtime.files import UserError, atomic, raise_if_out_of_memory, warn
 
 # ----------------------------------------------------------------------------------------------- tracks
 
@@ -77,7 +77,7 @@ def load_track(path):
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as e:  # numpy and zipfile raise many types for damaged files and files of other kinds
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         raise UserError(f"{path} is not a landmark track as infer.py --save-track writes it ({e})") from None
 
 

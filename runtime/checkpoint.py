@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model import Config, Discriminator, Embedder, Generator
-from runtime.files import UserError, pass_on_want_of_memory, save_tensors
+from runtime.files import UserError, raise_if_out_of_memory, save_tensors
 
 FORMAT = 2  # the version of the format, which increases when older files can no longer be read
 
@@ -45,7 +45,7 @@ def load_checkpoint(path, device="cpu", kind="meta"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as e:  # torch.load raises a dozen types for damaged files and files of other kinds
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
     if not isinstance(state, dict) or not {"format", "kind", "config"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this project")

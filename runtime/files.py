@@ -40,10 +40,10 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(1)
     except (MemoryError, RuntimeError, OSError, ImportError) as e:
-        if short_of_shared_memory(e):
+        if is_out_of_shared_memory(e):
             message = ("error: too little shared memory for the loader's workers: make it larger, with "
                        "docker run --shm-size 1g or mount -o remount,size=1g /dev/shm")
-        elif short_of_memory(e):
+        elif is_out_of_memory(e):
             where = " on the GPU" if isinstance(e, torch.OutOfMemoryError) else ""
             message = (f"error: not enough memory{where}: close other programs, or use a smaller --batch "
                        "(meta_train.py) or fewer --workers (data.py)")
@@ -101,7 +101,7 @@ def open_closed_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
-def short_of_shared_memory(error):
+def is_out_of_shared_memory(error):
     """Whether torch's DataLoader failed because /dev/shm is full, through which its workers pass batches."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
@@ -112,17 +112,17 @@ OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad
                            r"could not create a primitive$|is killed by signal: Killed")
 
 
-def short_of_memory(error):
+def is_out_of_memory(error):
     """Whether an error means that memory ran out. On a CPU, torch raises a plain RuntimeError for this."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def pass_on_want_of_memory(error):
+def raise_if_out_of_memory(error):
     """Raise an error again if it means that memory ran out.
 
     It is for code that would take any exception for a sign of a damaged file.
     """
-    if short_of_memory(error):
+    if is_out_of_memory(error):
         raise error
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.files import (UserError, atomic, forget_lost_terminal, make_folder, pass_on_want_of_memory,
+from runtime.files import (UserError, atomic, forget_lost_terminal, make_folder, raise_if_out_of_memory,
                            save_tensors, warn)
 
 LOG_EVERY = 50  # steps
@@ -150,7 +150,7 @@ def read_step(training, step, path):
     try:
         return ckpt, torch.load(path, map_location=training.device, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types for damaged files
-        pass_on_want_of_memory(e)
+        raise_if_out_of_memory(e)
         reason = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
         warn(f"step {step} cannot be resumed: {path} {reason}")
         return ckpt, None
