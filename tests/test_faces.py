@@ -1,4 +1,4 @@
-"""faces.py, crops.py and finetune.load_photos: which face is meant, crops, what is said about photos."""
+"""faces.py, crops.py and finetune.load_photos: the choice of a face, crops, and warnings about photos."""
 import io
 
 import numpy as np
@@ -28,42 +28,42 @@ def test_a_crop_stays_in_the_picture_where_it_fits():
     def edges(*box):
         x, y, half = crops.inside(np.array(box), image)
         return x + .5 - half, x + .5 + half, y + .5 - half, y + .5 + half
-    assert edges(100.0, 50.0, 30.0) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # as it was
-    assert edges(10.0, 90.0, 30.0) == pytest.approx((0, 60, 40, 100))               # moved
-    assert edges(10.0, 90.0, 70.0) == pytest.approx((0, 140, -20, 120))     # too high: in the middle
+    assert edges(100.0, 50.0, 30.0) == pytest.approx((70.5, 130.5, 20.5, 80.5))     # it stays where it is
+    assert edges(10.0, 90.0, 30.0) == pytest.approx((0, 60, 40, 100))               # it is moved
+    assert edges(10.0, 90.0, 70.0) == pytest.approx((0, 140, -20, 120))     # it is too high, so it is centred
 
 
 def test_points_stay_on_the_same_pixels_in_the_crop():
     image = np.zeros((120, 160, 3), np.uint8)
-    image[61:64, 81:84] = 255                                                   # a dot around (82, 62)
+    image[61:64, 81:84] = 255       # a dot around (82, 62)
     box = np.array([90.3, 55.7, 40.2])
     x, y = crops.to_crop(np.array([[82.0, 62.0]]), box, 256)[0]
     bright = np.argwhere(crops.crop(image, box, 256)[..., 0] > 128).mean(0)
     assert (y, x) == pytest.approx(tuple(bright), abs=0.6)
 
 
-def test_what_lies_beyond_the_border_goes_on_in_its_colours_and_shows_no_face(face, detect):
+def test_a_crop_beyond_the_border_continues_its_colours_and_shows_no_face(face, detect):
     out = crops.crop(face, np.array([115.5, -20.5, 64.0]), 256)         # its upper 84 of 128 rows are made up
-    inside = crops.crop(face, np.array([115.5, 63.5, 64.0]), 256)       # this one begins with the picture
+    inside = crops.crop(face, np.array([115.5, 63.5, 64.0]), 256)       # its first row is the picture's
     edge, known = 168, 88
-    assert np.abs(out[edge + 2:].astype(int) - inside[2:known]).mean() < 2           # what is there stays
+    assert np.abs(out[edge + 2:].astype(int) - inside[2:known]).mean() < 2      # the known part is unchanged
     border = out[edge + 2].astype(int)
-    assert np.abs(out[edge - 2] - border).mean() < 12                   # the colours of the border go on ...
+    assert np.abs(out[edge - 2] - border).mean() < 12                   # the border's colours continue ...
     detail = lambda rows: np.abs(np.diff(rows.astype(int), axis=1)).mean()
-    assert detail(out[:edge // 2]) < 0.15 * detail(out[edge:])          # ... ever more blurred
+    assert detail(out[:edge // 2]) < 0.15 * detail(out[edge:])          # ... and become blurred
     assert detect(np.ascontiguousarray(out[:edge])) is None
     assert crops.crop(face[:1, :1], np.array([0.0, 0.0, 30.0]), 64).shape == (64, 64, 3)
 
 
-def test_the_share_that_is_made_up():
+def test_the_share_of_a_crop_that_is_made_up():
     image = np.zeros((100, 200, 3), np.uint8)
-    assert crops.made_up(np.array([99.5, 49.5, 50.0]), image) == pytest.approx(0)       # all of the height
+    assert crops.made_up(np.array([99.5, 49.5, 50.0]), image) == pytest.approx(0)       # exactly as high
     assert crops.made_up(np.array([99.5, 49.5, 100.0]), image) == pytest.approx(0.5)
     assert crops.made_up(np.array([-0.5, -0.5, 10.0]), image) == pytest.approx(0.75)
 
 
 def test_landmarks_are_finer_than_a_pixel(detect):
-    """dlib's own are whole pixels. On a quarter of the picture they are now nearly those of the whole one."""
+    """On a picture of a quarter of the size, they are closer to those of the full size than dlib's own."""
     image = np.asarray(Image.open(PHOTO))
     expected = detect(image)
     small = np.asarray(Image.fromarray(image).resize((128, 128), Image.LANCZOS))
@@ -76,7 +76,7 @@ def test_landmarks_are_finer_than_a_pixel(detect):
     assert points.dtype == np.float32
 
 
-def test_small_and_tight_photos_get_a_line(tmp_path, face, detect, capsys):
+def test_small_and_tight_photos_get_a_warning(tmp_path, face, detect, capsys):
     config = Config(64, (8, 16, 16), landmarks="dlib")
     tiny = Image.fromarray(face).resize((84, 70), Image.LANCZOS)
     tight = face[25:170, 50:175]
@@ -96,11 +96,11 @@ def test_boxes_of_a_video_are_steady():
     rng = np.random.default_rng(0)
     face = np.zeros((68, 2))
     face[36:42], face[42:48], face[[48, 54]] = (100, 90), (140, 90), (120, 130)
-    # jitter on a slow walk
+    # a slow motion with jitter
     points = face + rng.normal(0, 3, (100, 1, 2)) + np.linspace(0, 50, 100)[:, None, None]
     boxes = crops.steady_boxes(points, np.arange(100) / 25, np.zeros(100))
     assert np.abs(np.diff(boxes[:, 0])).max() < 1.0 < np.abs(np.diff(crops.face_box(points)[:, 0])).max()
-    assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5       # but it follows
+    assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5   # it follows the face
 
 
 def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
@@ -112,7 +112,7 @@ def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
 
 
 def head(size, at=(120, 110)):
-    """Landmarks (68, 2) in a circle but for eyes and mouth, `size` times as large."""
+    """Landmarks (68, 2) of a head, on a circle except for eyes and mouth, `size` times as large."""
     angle = np.linspace(0, 2 * np.pi, 68)
     points = 40 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     points[36:42], points[42:48], points[[48, 54]] = (-20, -20), (20, -20), (0, 20)
@@ -120,6 +120,7 @@ def head(size, at=(120, 110)):
 
 
 def shots_of(sizes, found=None, cuts=None, at=(120, 110)):
+    """crops.shots() of a video in which the head has these sizes. By default it is found in every frame."""
     points = np.stack([head(size, at) for size in sizes])
     points += np.random.default_rng(0).normal(0, 0.5, points.shape)
     none = np.zeros(len(sizes), bool)
@@ -138,27 +139,27 @@ def test_nothing_is_averaged_across_a_cut():
 
 
 @pytest.mark.parametrize("zoom", [1.1, 1.2, 1.35, 1.5, 1 / 1.1, 1 / 1.35])
-def test_a_cut_that_zooms_is_a_cut(zoom):
+def test_a_sudden_change_of_size_is_a_cut(zoom):
     assert (shots_of([1] * 20 + [zoom] * 20) == np.repeat([0, 1], 20)).all()
     there_and_back = [1] * 20 + [zoom] * 8 + [1] * 20
     assert (shots_of(there_and_back) == np.repeat([0, 1, 2], [20, 8, 20])).all()
 
 
-def test_what_is_no_cut():
-    lean = np.exp(np.log(1.5) * np.clip(np.linspace(-1, 2, 15), 0, 1))         # within five frames
+def test_leaning_forward_and_errors_of_the_detector_are_no_cuts():
+    lean = np.exp(np.log(1.5) * np.clip(np.linspace(-1, 2, 15), 0, 1))      # within five frames
     assert (shots_of([1] * 20 + list(lean) + [1.5] * 20) == 0).all()
-    slip = [1] * 20 + [1.3] + [1] * 20
-    assert (shots_of(slip) == 0).all()
+    error = [1] * 20 + [1.3] + [1] * 20
+    assert (shots_of(error) == 0).all()
     assert (shots_of([1] * 20 + [1.3, 1.35] + [1] * 20) == 0).all()
-    unseen = np.arange(40) // 5 != 4            # from 20 to 24: it may have come closer
-    assert (shots_of([1] * 25 + [1.2] * 15, unseen) == 0).all()
+    found = np.arange(40) // 5 != 4             # not from 20 to 24, while the head may have come closer
+    assert (shots_of([1] * 25 + [1.2] * 15, found) == 0).all()
 
 
-def test_cuts_that_the_pictures_show_count_where_the_face_moves():
+def test_a_visible_cut_counts_if_the_face_moves():
     points, cuts = np.stack([head(1)] * 30 + [head(1, (140, 110))] * 10), np.arange(40) % 30 == 10
     cuts[30] = True
     assert (crops.shots(points, np.ones(40, bool), cuts) == np.repeat([0, 1], [30, 10])).all()
-    assert (crops.shots(points, np.ones(40, bool), np.zeros(40, bool)) == 0).all()      # quickly moved
+    assert (crops.shots(points, np.ones(40, bool), np.zeros(40, bool)) == 0).all()      # a quick movement
     assert (shots_of([1] * 40, cuts=cuts) == 0).all()
 
 
@@ -174,10 +175,11 @@ def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------ which face
 
-EYES = (224, 110)      # between the astronaut's eyes, in the bundled photo
+EYES = (224, 110)       # the point between the astronaut's eyes, in the bundled photo
 
 
 def saved_again(image, **options):
+    """Save a PIL picture with these options and read it again -> uint8 (H, W, 3)."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, **options)
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -185,8 +187,8 @@ def saved_again(image, **options):
 
 @pytest.mark.parametrize("quality", [95, 80, 60, 40])
 @pytest.mark.parametrize("side", [512, 480, 640])
-def test_the_face_is_taken_and_not_the_patch(detect, quality, side):
-    """In ordinary re-savings her mission patch has the larger box, and a score of next to nothing."""
+def test_the_face_is_used_and_not_the_mission_patch(detect, quality, side):
+    """In many copies of the photo, her mission patch has the larger box, but a score of nearly 0."""
     image = Image.open(PHOTO).resize((side, side), Image.LANCZOS)
     points = detect(saved_again(image, format="JPEG", quality=quality))
     scale = side / 512
@@ -194,7 +196,7 @@ def test_the_face_is_taken_and_not_the_patch(detect, quality, side):
 
 
 def two_heads(face, gap=20, small=1.0):
-    """The head, and beside it the mirrored one, `small` times as large: uint8 (200, W, 3)."""
+    """The head, and to its right the mirrored head, `small` times as large: uint8 (200, W, 3)."""
     other = Image.fromarray(face[:, ::-1])
     other = np.asarray(other.resize((round(240 * small), round(200 * small)), Image.LANCZOS))
     canvas = np.full((200, 240 + gap + 240, 3), 128, np.uint8)
@@ -203,25 +205,25 @@ def two_heads(face, gap=20, small=1.0):
     return canvas
 
 
-def test_which_face_and_the_words_on_it():
+def test_the_choice_of_a_face_and_the_line_about_it():
     image = np.zeros((200, 400, 3), np.uint8)
     box = lambda x, width: (x - width / 2, 100 - width / 2, x + width / 2, 100 + width / 2)
     left, right = faces.Face(box(100, 80), 2.0), faces.Face(box(300, 90), 1.9)
     patch = faces.Face(box(200, 150), 0.1)
-    # the larger of two that are sure
+    # the larger one of two with high scores
     assert faces.which_face([left, right, patch], image) is right
     assert faces.which_face([left, patch], image) is left
     said = faces.words_on_choice([left, right, patch], right, "x.jpg")
     assert "2 faces in x.jpg: used the one on the right; crop the photo" in said
-    assert faces.words_on_choice([left, patch], left, "x.jpg") is None           # that was no choice
+    assert faces.words_on_choice([left, patch], left, "x.jpg") is None      # the patch is no face
     middle = faces.Face(box(210, 60), 2.0)
     assert faces.where(middle, [left, middle, right]) == "in the middle"
-    beside = faces.Face(box(30, 70), 2.0)
+    edge = faces.Face(box(30, 70), 2.0)
     # nearly as large, and in the middle
-    assert faces.which_face([beside, middle], image) is middle
+    assert faces.which_face([edge, middle], image) is middle
 
 
-def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
+def test_two_people_in_a_photo_are_reported(tmp_path, face, detect):
     said = []
     Image.fromarray(two_heads(face, small=0.8)).save(tmp_path / "two.png")
     shot, = folders.faces_in(tmp_path / "two.png", detect, 128, complain=said.append)
@@ -232,8 +234,8 @@ def test_two_people_in_a_photo_are_told(tmp_path, face, detect):
     assert said == []
 
 
-def test_fan_weighs_its_scores_too(face):
-    """The FAN branch, with a stand-in for its networks: they take a download."""
+def test_the_fan_detector_chooses_by_score_too(face):
+    """Uses a replacement for the networks, which would have to be downloaded."""
     class Fan:
         face_detector = type("SFD", (), {"detect_from_image": staticmethod(lambda image: [
             np.array([10, 10, 190, 190, 0.55]), np.array([60, 40, 120, 110, 0.999])])})
@@ -247,7 +249,7 @@ def test_fan_weighs_its_scores_too(face):
 
 
 @pytest.mark.parametrize("k,words", [(1, "lies on its side"), (2, "is upside down"), (3, "lies on its side")])
-def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, words):
+def test_a_photo_that_lies_on_its_side_is_rotated(tmp_path, face, detect, k, words):
     said = []
     Image.fromarray(np.rot90(face, k)).save(tmp_path / "lying.png")
     Image.fromarray(face).save(tmp_path / "upright.png")
@@ -257,13 +259,13 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, face, detect, k, word
     assert np.array_equal(lying.image, upright.image)
 
 
-def test_no_face_is_said_with_advice_that_fits(tmp_path, detect):
+def test_a_photo_without_a_face_is_refused(tmp_path, detect):
     Image.new("RGB", (200, 200)).save(tmp_path / "dark.png")
     with pytest.raises(UserError, match="no face found in .*dark.png, not even with the photo rotated"):
         list(folders.faces_in(tmp_path / "dark.png", detect, 128))
 
 
-def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
+def test_all_photos_without_a_face_are_named_in_one_message(tmp_path, detect):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     (tmp_path / "c.jpg").write_text("no picture")
@@ -274,7 +276,7 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path, detect):
     assert all(name in str(e.value) for name in ("a.png", "b.png", "c.jpg")) and "\n" not in str(e.value)
 
 
-def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
+def test_photos_of_several_people_get_a_warning(tmp_path, face, detect, capsys):
     config = Config(64, (8, 16, 16), landmarks="dlib")
     Image.fromarray(face).save(tmp_path / "her.png")
     assert len(finetune.load_photos([PHOTO, tmp_path / "her.png"], config, detect)) == 2
@@ -284,7 +286,7 @@ def test_several_people_in_the_photos_are_told(tmp_path, face, detect, capsys):
 
 
 def blink(points, opening):
-    """Landmarks (68, 2) with each lower lid at `opening` widths of its eye below the upper one."""
+    """-> landmarks (68, 2) in which each eye is open by `opening` of its width."""
     points = points.copy()
     for upper, lower, ends in (([37, 38], [41, 40], [36, 39]), ([43, 44], [47, 46], [42, 45])):
         width = np.linalg.norm(np.subtract(*points[ends]))
@@ -292,7 +294,7 @@ def blink(points, opening):
     return points
 
 
-def test_shut_eyes_are_told_and_open_ones_come_first(detect, monkeypatch, capsys):
+def test_shut_eyes_get_a_warning_and_open_ones_come_first(detect, monkeypatch, capsys):
     shot, = folders.faces_in(PHOTO, detect, 64)
     assert finetune.eye_opening(shot.points) == pytest.approx(0.33, abs=0.03)
     assert finetune.eye_opening(blink(shot.points, 0.2)) == pytest.approx(0.2, abs=1e-3)
@@ -309,9 +311,9 @@ def test_shut_eyes_are_told_and_open_ones_come_first(detect, monkeypatch, capsys
         return found, capsys.readouterr().err.splitlines()
     shut = "warning: the eyes in {} are shut, or nearly so; a photo with open eyes looks better".format
     first = "warning: pose and expression are taken from {}, because the eyes in a.jpg are shut".format
-    assert load("b.jpg", "c.jpg") == ([[0.3], [0.25]], [])              # the user's order, where it is good
+    assert load("b.jpg", "c.jpg") == ([[0.3], [0.25]], [])              # in the user's order if that is good
     assert load("a.jpg") == ([[0.1]], [shut("a.jpg")])
     assert load("a.jpg", "b.jpg", "c.jpg") == ([[0.3], [0.1], [0.25]], [shut("a.jpg"), first("b.jpg")])
-    assert load("d.mp4") == ([[0.3, 0.1, 0.2, 0.3]], [])                # blinks are no fault of a clip
+    assert load("d.mp4") == ([[0.3, 0.1, 0.2, 0.3]], [])                # blinking in a clip is no problem
     assert load("a.jpg", "d.mp4") == ([[0.3, 0.1, 0.2, 0.3], [0.1]], [shut("a.jpg"), first("d.mp4")])
     assert load("a.jpg", "e.mp4") == ([[0.1], [0.1, 0.1]], [shut("a.jpg"), shut("e.mp4")])

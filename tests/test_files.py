@@ -1,4 +1,4 @@
-"""files.py: which paths may be read and written, writes that are whole or absent, errors of one line."""
+"""files.py: checks of paths, atomic writes, errors in one line. device.py: free cores and memory."""
 import errno
 import os
 import signal
@@ -20,7 +20,7 @@ def write(path, text="new"):
         file.write(text)
 
 
-def test_a_link_keeps_pointing_to_its_target(tmp_path):
+def test_a_link_is_kept_and_its_target_is_written(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/real.mp4").write_text("old")
     (tmp_path / "link.mp4").symlink_to("folder/real.mp4")
@@ -32,7 +32,7 @@ def test_a_link_keeps_pointing_to_its_target(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path):
+def test_paths_that_are_not_regular_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "null").symlink_to("/dev/null")
@@ -49,8 +49,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     assert (tmp_path / "pipe").is_fifo() and not os.path.isfile("/dev/null")
 
 
-def test_two_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
-    """As in two containers: whoever ends last has written it, whole."""
+def test_two_processes_with_the_same_number_write_the_same_file(tmp_path, monkeypatch):
+    """This can happen in two containers. The file is complete, and from the process that ends last."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     with atomic(tmp_path / "out") as first, open(first, "w") as a:
         a.write("the first, ")
@@ -62,7 +62,7 @@ def test_two_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_resumed_run_clears_what_a_killed_one_left(tmp_path):
+def test_a_resumed_run_deletes_temporary_files_of_a_killed_one(tmp_path):
     with atomic(tmp_path / "step-6.pt") as a, atomic(tmp_path / "step-6.rank-0.state") as b:
         (tmp_path / "step-6.pt.notes").touch()
         clear(tmp_path, keep=[6])
@@ -70,7 +70,7 @@ def test_a_resumed_run_clears_what_a_killed_one_left(tmp_path):
         open(a, "w").close(), open(b, "w").close()
 
 
-def test_permissions_are_those_that_open_would_give(tmp_path):
+def test_a_file_gets_the_usual_permissions(tmp_path):
     before = os.umask(0o027)
     try:
         write(tmp_path / "new")
@@ -83,14 +83,14 @@ def test_permissions_are_those_that_open_would_give(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "\u00e9" * 125 + ".mp4", "\U0001f600" * 62 + ".mp4"])
-def test_names_as_long_as_there_are(tmp_path, name):
+def test_names_of_the_greatest_length(tmp_path, name):
     check_paths([], [str(tmp_path / name)])
     write(tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_a_mounted_file_is_written_into(tmp_path, monkeypatch):
-    """docker -v FILE:FILE: it cannot be renamed over."""
+def test_a_mounted_file_is_overwritten(tmp_path, monkeypatch):
+    """A file that docker mounts with -v FILE:FILE cannot be replaced by renaming."""
     (tmp_path / "mounted").write_text("old")
     number = os.stat(tmp_path / "mounted").st_ino
 
@@ -102,13 +102,13 @@ def test_a_mounted_file_is_written_into(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_read_only_folder_is_called_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write all the same
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)     # because root may write everywhere
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/a.mp4: the folder {tmp_path} is read-only"):
         check_paths([], [str(tmp_path / "a.mp4")])
 
 
-def test_all_bad_inputs_are_named_at_once(tmp_path):
+def test_all_bad_inputs_are_named_in_one_message(tmp_path):
     (tmp_path / "good").touch()
     inputs = [str(tmp_path / "good"), str(tmp_path / "a.jpg"), None, str(tmp_path),
               str(tmp_path / "b.jpg")]
@@ -133,11 +133,12 @@ files.run(main)
 
 
 def run(tmp_path, body, **options):
+    """Run PROGRAM with this body of main() in a process of its own."""
     command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT), body=body)]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, **options)
 
 
-def test_errors_of_one_line(tmp_path, capsys):
+def test_errors_take_one_line(tmp_path, capsys):
     def raised(words, kind=RuntimeError):
         raise kind(words)
 
@@ -161,15 +162,15 @@ def test_errors_of_one_line(tmp_path, capsys):
             files.run(lambda: raised(words, kind))
         said = capsys.readouterr().err
         assert left.value.code == 2 and len(said.splitlines()) == 1 and "not enough memory: close" in said
-    with pytest.raises(RuntimeError, match="a fault of ours"):      # it keeps its traceback
-        files.run(lambda: raised("a fault of ours"))
+    with pytest.raises(RuntimeError, match="a bug of ours"):        # any other error keeps its traceback
+        files.run(lambda: raised("a bug of ours"))
     names = run(tmp_path, "print('wrote caf\\u00e9 \\udcff.mp4')",
                 env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert names.returncode == 0 and "wrote caf" in names.stdout
 
 
-def test_too_little_memory_is_one_line_and_damages_nothing(tmp_path):
-    """And a checkpoint that cannot be read for want of it is not called damaged, or it is thrown away."""
+def test_too_little_memory_is_an_error_of_one_line(tmp_path):
+    """A checkpoint that does not fit into memory must not be called damaged: the user might delete it."""
     torch.save({"x": torch.zeros(50_000_000)}, tmp_path / "large.pt")
     body = """
     from runtime.checkpoint import load_checkpoint
@@ -184,7 +185,7 @@ def test_too_little_memory_is_one_line_and_damages_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_temporary_file(tmp_path, number):
-    """As timeout, docker stop and clusters end a program, and a connection that breaks."""
+    """The signals come from `timeout`, `docker stop`, clusters and closed connections."""
     body = f"""
     with files.atomic("result") as temporary:
         open(temporary, "w").close()
@@ -192,20 +193,20 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, number):
             os.kill(os.getpid(), {int(number)})
             time.sleep(60)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)        # a second one, as from systemd
+            os.kill(os.getpid(), signal.SIGTERM)        # a second signal, as systemd sends it
             time.sleep(0.1)"""
     done = run(tmp_path, "import os, signal, time" + body)
     assert done.returncode == 128 + number and not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
 
 
-def test_nohup_is_obeyed(tmp_path):
-    body = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('went on')"
+def test_a_program_under_nohup_ignores_sighup(tmp_path):
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('continued')"
     ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert run(tmp_path, body, preexec_fn=ignored).stdout == "went on\n"
+    assert run(tmp_path, body, preexec_fn=ignored).stdout == "continued\n"
 
 
-def test_nobody_reads_what_is_printed(tmp_path):
-    """`python infer.py ... | head -0`: Python would complain at its end, with a code of its own."""
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    """As in `python infer.py ... | head -0`. Without our handler, Python prints an error when it exits."""
     command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT), body="print('wrote it')")]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
@@ -215,8 +216,8 @@ def test_nobody_reads_what_is_printed(tmp_path):
     assert done.returncode == 1 and not done.stderr
 
 
-def test_a_closed_stderr_takes_no_file_s_place(tmp_path):
-    """Else the result would be opened as number 2, and the libraries would write their warnings into it."""
+def test_warnings_do_not_go_into_a_file_if_stderr_is_closed(tmp_path):
+    """Otherwise the result would be opened as descriptor 2, and libraries would write warnings into it."""
     body = "import os; f = open('result', 'w'); files.warn('lost'); os.write(2, b'lost'); f.write('whole')"
     command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT), body=body)]
     done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path,
@@ -224,9 +225,9 @@ def test_a_closed_stderr_takes_no_file_s_place(tmp_path):
     assert done.returncode == 0 and (tmp_path / "result").read_text() == "whole"
 
 
-# --------------------------------------------------------- device.py: what is left to this process
+# --------------------------------------------------------------- device.py: free cores and memory
 
-QUOTAS = {  # what the system says of a container that may use 2.5 cores and 3 GB, a half of which is taken
+QUOTAS = {  # the system files in a container that may use 2.5 cores and 3 GB, half of which are in use
     "version 2": ("0::/", {
         "cpu.max": "250000 100000\n", "memory.max": "3000000000", "memory.current": "1600000000",
         "memory.stat": "anon 1500000000\ninactive_file 60000000\nactive_file 40000000\n"}),
@@ -245,7 +246,7 @@ QUOTAS = {  # what the system says of a container that may use 2.5 cores and 3 G
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of 8 cores and 4.096 GB of free memory, whose control groups say nothing yet."""
+    """A machine with 8 cores and 4.096 GB of free memory, as yet without control groups."""
     monkeypatch.setattr(device, "PROC", tmp_path / "proc")
     monkeypatch.setattr(device, "GROUPS", tmp_path / "groups")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
@@ -257,18 +258,18 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", QUOTAS)
 def test_cores_and_memory_of_a_container(machine, kind):
-    groups, said = QUOTAS[kind]
+    groups, contents = QUOTAS[kind]
     (machine / "proc/self/cgroup").write_text(groups)
-    for name, words in said.items():
+    for name, content in contents.items():
         (machine / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
-        (machine / "groups" / name).write_text(words)
+        (machine / "groups" / name).write_text(content)
     limited = kind != "without a limit"
     assert device.usable_cores() == (2 if limited else 8)
     assert device.free_memory() == (1.5e9 if limited else 4.096e9)
     assert default_workers("dlib") == (2 if limited else 6)         # 627 MB each
 
 
-def test_cores_and_memory_where_nothing_is_said(machine, monkeypatch):
+def test_cores_and_memory_without_control_groups(machine, monkeypatch):
     assert device.usable_cores() == 8 and default_workers("dlib") == 6
     (machine / "proc/meminfo").write_text("MemAvailable:  4000 kB\n")
     assert default_workers("dlib") == 1

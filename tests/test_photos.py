@@ -1,4 +1,4 @@
-"""photos.py: pictures of every kind, as a viewer sees them."""
+"""photos.py: photos of every kind are read as a viewer sees them."""
 import struct
 import warnings
 
@@ -13,6 +13,7 @@ from runtime.files import UserError
 
 
 def picture(path, image, **options):
+    """Save a PIL picture and read it as a photo -> uint8 (H, W, 3)."""
     image.save(path, **options)
     return photos.read_photo(path)
 
@@ -21,7 +22,7 @@ def test_photos_of_every_kind(tmp_path):
     rgb = Image.new("RGB", (30, 20), (200, 100, 50))
     assert picture(tmp_path / "a.png", rgb).shape == (20, 30, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6                                                            # a phone held upright
+    exif[0x0112] = 6        # of a phone that was held upright
     assert picture(tmp_path / "b.jpg", rgb, exif=exif).shape == (30, 20, 3)
     assert picture(tmp_path / "c.png", Image.new("L", (30, 20), 77))[0, 0].tolist() == [77] * 3
     assert picture(tmp_path / "d.png", Image.new("RGBA", (30, 20), (9, 9, 9, 0)))[0, 0].tolist() == [255] * 3
@@ -35,7 +36,7 @@ def test_photos_of_every_kind(tmp_path):
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535])
-def test_float_tiffs_are_read_whatever_their_white_is(tmp_path, white):
+def test_float_tiffs_are_read_for_any_level_of_white(tmp_path, white):
     levels = np.linspace(0, white, 1000, dtype=np.float32).reshape(20, 50)
     levels[0, :3] = np.nan, np.inf, 1.5 * white
     photo = picture(tmp_path / "a.tif", Image.fromarray(levels))
@@ -45,12 +46,12 @@ def test_float_tiffs_are_read_whatever_their_white_is(tmp_path, white):
 
 
 CORNER = np.zeros((32, 64, 3), np.uint8)
-CORNER[:16, :32] = 255      # top left
+CORNER[:16, :32] = 255      # the top left corner is white
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
-    """PIL as a photo, FFmpeg as a driver of one frame."""
+def test_exif_rotates_a_photo_for_both_decoders(tmp_path, suffix):
+    """PIL decodes it as a photo, and FFmpeg as a driver with one frame."""
     seen = set()
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -67,19 +68,19 @@ def test_exif_turns_a_photo_whoever_decodes_it(tmp_path, suffix):
     assert len(seen) == 8
 
 
-def test_odd_exif_costs_no_photo(tmp_path):
-    """Phones write such tags: here a number as text."""
+def test_a_photo_with_an_invalid_exif_tag_is_read(tmp_path):
+    """Some phones write such tags. Here a number is stored as text."""
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     Image.fromarray(CORNER).save(tmp_path / "a.jpg", exif=exif)
     blob = (tmp_path / "a.jpg").read_bytes()
-    at = blob.index(b"\x01\x1a\x00\x05")        # XResolution, a fraction: now it is text
+    at = blob.index(b"\x01\x1a\x00\x05")        # XResolution, whose type is changed from fraction to text
     (tmp_path / "a.jpg").write_bytes(blob[:at + 3] + b"\x02" + blob[at + 4:])
     assert photos.read_photo(tmp_path / "a.jpg").shape == (64, 32, 3)
 
 
 def wide_gamut():
-    """A profile whose red, green and blue are those of sRGB with the channels changed about: easy to tell."""
+    """-> a colour profile (bytes) like sRGB, but with red and green swapped, which is easy to see."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count = int.from_bytes(profile[128:132], "big")
     tags = {bytes(profile[132 + 12 * k:136 + 12 * k]): 132 + 12 * k for k in range(count)}
@@ -97,7 +98,7 @@ def test_colour_profiles_are_obeyed(tmp_path):
     assert photos.read_photo(tmp_path / "c.png")[4, 4] == pytest.approx([20, 220, 20], abs=6)
     red.save(tmp_path / "d.png", icc_profile=b"damaged")
     assert photos.read_photo(tmp_path / "d.png")[4, 4].tolist() == [220, 20, 20]
-    # of another mode than the picture
+    # a profile for another mode than the picture's
     red.convert("L").save(tmp_path / "e.png", icc_profile=wide_gamut())
     assert np.ptp(photos.read_photo(tmp_path / "e.png")[4, 4]) == 0
 
@@ -105,7 +106,7 @@ def test_colour_profiles_are_obeyed(tmp_path):
 def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
     Image.fromarray(face).save(tmp_path / "a.jfif", "JPEG", quality=95)
     assert np.abs(photos.read_photo(tmp_path / "a.jfif").astype(int) - face).mean() < 3
-    # as a phone's: one HEVC or H.264 picture
+    # like a phone's file: one picture in HEVC or H.264
     with av.open(str(tmp_path / "a.heic"), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=1, options={"crf": "5"})
         stream.height, stream.width, stream.pix_fmt = *face.shape[:2], "yuv420p"
@@ -114,7 +115,7 @@ def test_jfif_and_pictures_that_only_ffmpeg_reads(tmp_path, face):
     assert np.abs(photos.read_photo(tmp_path / "a.heic").astype(int) - face).mean() < 4
     exif = Image.Exif()
     exif[0x0112] = 6
-    with open(tmp_path / "b.heic", "wb") as file:       # with EXIF, of which PyAV knows nothing
+    with open(tmp_path / "b.heic", "wb") as file:       # with EXIF as side data, which PyAV does not know
         Image.fromarray(face).save(file, "AVIF", quality=95, exif=exif)
     turned, profile = photos.read_still(tmp_path / "b.heic")
     assert turned.shape == (face.shape[1], face.shape[0], 3) and profile is None
@@ -137,7 +138,7 @@ def test_a_photo_of_200_megapixels_is_read(tmp_path):
     ("JPEG", "RGB"), ("JPEG", "CMYK"), ("MPO", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"),
     ("PNG", "1"), ("TIFF", "RGB"), ("WEBP", "RGB"), ("AVIF", "RGB")])
 def test_large_photos_of_all_kinds_are_shrunk_and_upright(tmp_path, monkeypatch, kind, mode):
-    """A JPEG by its decoder, others afterwards: the same picture either way, turned as EXIF asks for."""
+    """A JPEG is shrunk by its decoder and others afterwards, which gives the same picture."""
     monkeypatch.setattr(photos, "LARGE", 10_000)
     small = Image.fromarray(CORNER).resize((66, 35), Image.NEAREST)
     large = small.resize((264, 140), Image.NEAREST)
@@ -151,7 +152,7 @@ def test_large_photos_of_all_kinds_are_shrunk_and_upright(tmp_path, monkeypatch,
     assert np.abs(np.rot90(photo).astype(int) - np.asarray(small)).mean() < 6
 
 
-def test_photos_beyond_all_sense_are_refused_in_words(tmp_path, monkeypatch):
+def test_photos_that_are_too_large_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     monkeypatch.setattr(photos, "MOST", 5000)
     Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
@@ -169,7 +170,7 @@ def test_photos_beyond_all_sense_are_refused_in_words(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------- raw files
 
 def tiff(path, tags=(), inner=None, **options):
-    """A TIFF of one picture with further tags {number: value}, and another directory of such tags inside."""
+    """Write a TIFF with one picture, with additional tags {number: value} and a nested directory of tags."""
     picture = ImageFileDirectory_v2()
     if inner:
         picture.tagtype[330] = TiffTags.LONG
@@ -186,7 +187,7 @@ def tiff(path, tags=(), inner=None, **options):
     return path
 
 
-def test_raw_files_are_refused_because_only_their_preview_can_be_read(tmp_path):
+def test_raw_files_are_refused(tmp_path):
     raw = [tiff(tmp_path / "dng.tif", {50706: b"\1\4\0\0"}),
            tiff(tmp_path / "preview.jpg", {254: 1}),
            tiff(tmp_path / "nef.nef", inner={254: 0, 262: 32803}),
@@ -202,7 +203,7 @@ def test_raw_files_are_refused_because_only_their_preview_can_be_read(tmp_path):
 
 
 def test_other_tiffs_are_read(tmp_path):
-    """With a small copy inside, of several pages, large ones; and no word on what is odd in them."""
+    """With a small copy inside, with several pages, or as a BigTIFF; and without warnings."""
     smaller = Image.new("RGB", (20, 15), "blue")
     for path in (tiff(tmp_path / "plain.tif"), tiff(tmp_path / "pyramid.tif", inner={254: 1, 262: 2}),
                  tiff(tmp_path / "pages.tif", save_all=True, append_images=[smaller]),

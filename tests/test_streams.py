@@ -1,4 +1,4 @@
-"""Videos that are damaged or change their size on the way, and sound that needs care."""
+"""Videos that are damaged or change their size, animated pictures, and difficult sound."""
 from fractions import Fraction
 
 import av
@@ -10,11 +10,11 @@ from conftest import moving, write_clip
 from media import decode, encode, faces, folders, sound, tracking
 from runtime.files import UserError
 
-DAMAGED = (12, 13, 26)      # packets, of 40; there is a key frame every 10
+DAMAGED = (12, 13, 26)      # the numbers of packets among 40, with a key frame every 10
 
 
 def write_greys(path, codec):
-    """40 frames of 64 x 64, ever lighter, and the tone of write_clip where the container takes sound."""
+    """Write 40 frames of 64 x 64 pixels that become lighter and lighter."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=25)
         stream.width, stream.height, stream.codec_context.gop_size = 64, 64, 10
@@ -28,7 +28,7 @@ def write_greys(path, codec):
 
 
 def damage(path, numbers):
-    """Overwrite these packets of a video."""
+    """Overwrite the packets of a video that have these numbers."""
     blob = path.read_bytes()
     with av.open(str(path)) as container:
         stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
@@ -53,14 +53,14 @@ def test_a_damaged_packet_does_not_end_the_video(tmp_path, name, codec, numbers)
     assert len(frames) >= 18 and set(times) <= set(whole) and (np.diff(times) > 0).all()
     if numbers != (39,):
         assert times[-1] == whole[-1]
-    # each frame is at its own time
+    # each frame has its own time
     late = [abs(decode.to_rgb(f).mean() - 20 - 5 * 25 * t) for f, t in zip(frames, times)]
     assert np.median(late) < 3 and late[-1] < 5
     line, = said
     assert f"only {len(frames)}" in line and "damaged packets: " in line
 
 
-def test_a_hole_in_a_container_does_not_end_the_video(tmp_path):
+def test_a_damaged_container_does_not_end_the_video(tmp_path):
     write_greys(tmp_path / "a.mkv", "libx264")
     blob = (tmp_path / "a.mkv").read_bytes()
     middle = len(blob) // 2
@@ -69,8 +69,8 @@ def test_a_hole_in_a_container_does_not_end_the_video(tmp_path):
     assert 15 < len(frames) < 40 and float(frames[-1].pts * frames[-1].time_base) == pytest.approx(39 / 25)
 
 
-def test_two_passes_agree_though_frames_are_missing_in_the_second(tmp_path, face, detect, monkeypatch):
-    """FFmpeg's threads do not always get the same out of a damaged video."""
+def test_two_passes_agree_although_frames_are_missing_in_the_second(tmp_path, face, detect, monkeypatch):
+    """FFmpeg's threads do not always decode the same frames of a damaged video."""
     frames = moving(face, 12)
     write_clip(tmp_path / "a.mp4", frames, np.arange(12) * 512, sound=False)
     track = tracking.track_video(tmp_path / "a.mp4", detect)
@@ -94,7 +94,7 @@ def test_two_passes_agree_though_frames_are_missing_in_the_second(tmp_path, face
 # ------------------------------------------------------------------------------------- sizes that change
 
 def write_part(path, frames, start, aspect=Fraction(1)):
-    """A piece of a transport stream: joined to others, it is one recording."""
+    """Write a transport stream, which can be joined with others to one recording -> its bytes."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=25, options={"bf": "0", "crf": "10"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
@@ -111,7 +111,7 @@ def resized(frames, width, height):
     return [np.asarray(Image.fromarray(f).resize((width, height), Image.LANCZOS)) for f in frames]
 
 
-def test_frames_of_other_sizes_are_brought_to_the_first_one(tmp_path):
+def test_frames_of_other_sizes_are_scaled_to_the_first_one(tmp_path):
     white = [np.full((80, 120, 3), 255, np.uint8)] * 25
     shapes = {"half": (60, 40), "tall": (40, 60), "wide": (120, 60), "narrow": (80, 80)}
     for name, (width, height) in shapes.items():
@@ -141,8 +141,8 @@ def test_a_face_is_followed_through_changes_of_size(tmp_path, face, detect):
     assert np.linalg.norm(track.points - whole.points, axis=-1).mean() < 0.03 * eyes
 
 
-def test_no_message_says_none():
-    """Others are in the picture only while the followed face is not."""
+def test_no_message_contains_none():
+    """Another face is in the picture only while the followed one is not."""
     image, box = np.zeros((200, 400, 3), np.uint8), (20, 20, 100, 100)
 
     class Found(faces.Detector):
@@ -160,7 +160,7 @@ def test_no_message_says_none():
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.png", "a.avif"])
-def test_an_animation_is_a_driver(tmp_path, face, detect, name, capsys):
+def test_an_animation_can_be_a_driver(tmp_path, face, detect, name, capsys):
     frames, path = moving(face, 12), tmp_path / name
     first, *rest = map(Image.fromarray, frames)
     lasting = [40] * 6 + [80] * 6
@@ -188,7 +188,7 @@ def test_a_damaged_animation_is_refused(tmp_path, face):
 # --------------------------------------------------------------------------------------------- sound
 
 def write_sounds(path, codec, tracks, rate=16000, layout="stereo"):
-    """Two seconds, black. tracks: for each the functions of the time that its channels hold."""
+    """Write two seconds of black frames with these tracks: a function of time per channel."""
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=25)
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
@@ -206,6 +206,7 @@ def write_sounds(path, codec, tracks, rate=16000, layout="stereo"):
 
 
 def tone(pitch, loudness=0.5):
+    """-> a function of time: a sine of `pitch` Hz."""
     return lambda t: loudness * np.sin(2 * np.pi * pitch * t)
 
 
@@ -213,28 +214,28 @@ silence = np.zeros_like
 
 
 def heard_in(path, rate=16000):
-    """How loud each of the pitches 400, 700 and 1000 is in the left and the right of a result: (2, 3)."""
+    """The amplitude of 400, 700 and 1000 Hz in the left and the right channel of a result: (2, 3)."""
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
-    middle = np.concatenate(frames, axis=1)[:, 8000:8000 + rate]        # a second of it
+    middle = np.concatenate(frames, axis=1)[:, 8000:8000 + rate]        # one second
     return np.abs(np.fft.rfft(middle))[:, [400, 700, 1000]] * 2 / rate
 
 
 def result_of(path):
-    """Write a video with the sound of another, as infer.py does."""
+    """Write a video with the sound of another one, as infer.py does -> its path."""
     out = path.with_name("out.mp4")
     usable = sound.usable_sound(path)
     encode.write_video(out, [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), usable)
     return out
 
 
-LAYOUTS = {"6.1(back)": 125 << 16 | 7, "7.1": 128 << 16 | 8, "5.1": 122 << 16 | 6}  # MOV's, in other orders
+LAYOUTS = {"6.1(back)": 125 << 16 | 7, "7.1": 128 << 16 | 8, "5.1": 122 << 16 | 6}  # MOV's layout tags
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24be", "pcm_f32le", "pcm_s32be", "pcm_u8"])
-def test_pcm_of_many_channels_in_mov_is_heard(tmp_path, layout, codec):
-    """Its channels are in an order of their own, of which PyAV frees the memory twice."""
+def test_pcm_with_many_channels_in_mov_is_heard(tmp_path, layout, codec):
+    """FFmpeg has no name for the order of its channels, and PyAV would free their layout twice."""
     channels = [tone(400), tone(700), tone(1000), *[silence] * (int(layout[0]) - 2)]
     write_sounds(tmp_path / "a.mov", codec, [channels], layout=layout)
     blob = bytearray((tmp_path / "a.mov").read_bytes())
@@ -253,7 +254,7 @@ def test_stereo_pcm_in_mov_stays_as_it_is(tmp_path, codec):
     assert left == pytest.approx([0.5, 0, 0], abs=0.03) and right == pytest.approx([0, 0.5, 0], abs=0.03)
 
 
-def test_many_channels_that_are_not_plain_are_left_out(tmp_path, capsys):
+def test_many_channels_of_another_codec_are_left_out(tmp_path, capsys):
     write_sounds(tmp_path / "a.mov", "pcm_mulaw", [[tone(400)] * 6], layout="5.1")
     with av.open(str(result_of(tmp_path / "a.mov"))) as container:
         assert not container.streams.audio
@@ -263,11 +264,11 @@ def test_many_channels_that_are_not_plain_are_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("name,codec", [("a.mkv", "aac"), ("a.mp4", "aac"), ("a.mov", "pcm_s16le"),
                                         ("b.mkv", "libopus")])
-def test_a_silent_track_is_not_taken(tmp_path, name, codec):
+def test_a_silent_track_is_not_used(tmp_path, name, codec):
     rate = 48000 if codec == "libopus" else 16000
     tracks = [[silence, silence], [tone(700), tone(700)], [tone(400), tone(400)]]
     write_sounds(tmp_path / name, codec, tracks, rate)
     spectrum = heard_in(result_of(tmp_path / name), rate)
     assert (spectrum[:, 1] > 0.3).all() and (spectrum[:, [0, 2]] < 0.05).all()
-    write_sounds(tmp_path / name, codec, tracks[:1] * 2, rate)          # all silent: that is no fault
+    write_sounds(tmp_path / name, codec, tracks[:1] * 2, rate)          # all tracks may be silent
     assert (heard_in(result_of(tmp_path / name), rate) < 0.001).all()
