@@ -204,6 +204,19 @@ def write_clip(path, frames, pts, sound=True, rate=25):
             out.mux(audio.encode())
 
 
+def remux(source, target, offset, kinds=("video", "audio"), **metadata):
+    """Copy a file without re-encoding, with the packets of these kinds of streams `offset` seconds later."""
+    with av.open(str(source)) as a, av.open(str(target), "w") as b:
+        b.metadata.update(metadata)
+        copies = {s.index: b.add_stream_from_template(s) for s in a.streams}
+        for packet in a.demux():
+            if packet.dts is not None:
+                shift = round(offset / packet.time_base) if packet.stream.type in kinds else 0
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = copies[packet.stream.index]
+                b.mux(packet)
+
+
 def moving(face, n):
     """n frames of 160 x 200 pixels, cut from the photo `face` at different places, so that the head moves."""
     return [face[20 + k % 3:180 + k % 3, 20 + 2 * (k % 5):220 + 2 * (k % 5)] for k in range(n)]

@@ -1,4 +1,4 @@
-"""Videos that are damaged or change their size, animated pictures, and difficult sound."""
+"""decode.py and streams.py: videos that are damaged or change their size, and animated pictures."""
 from fractions import Fraction
 
 import av
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from conftest import moving, write_clip
-from media import decode, encode, faces, folders, sound, tracking
+from media import decode, faces, folders, sound, tracking
 from runtime.files import UserError
 
 DAMAGED = (12, 13, 26)      # the numbers of packets among 40, with a key frame every 10
@@ -183,92 +183,3 @@ def test_a_damaged_animation_is_refused(tmp_path, face):
     with pytest.raises(UserError, match="a.webp is not a video that can be read"):
         list(decode.read_video(tmp_path / "a.webp"))
     assert decode.count_frames(tmp_path / "a.webp") == 0
-
-
-# --------------------------------------------------------------------------------------------- sound
-
-def write_sounds(path, codec, tracks, rate=16000, layout="stereo"):
-    """Write two seconds of black frames with these tracks: a function of time per channel."""
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("mpeg4", rate=25)
-        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
-        streams = [out.add_stream(codec, rate=rate, layout=layout) for _ in tracks]
-        for k in range(50):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-            t = np.arange(rate // 25 * k, rate // 25 * (k + 1)) / rate
-            for stream, channels in zip(streams, tracks):
-                samples = np.stack([channel(t) for channel in channels], axis=1).astype(np.float32)
-                frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=layout)
-                frame.sample_rate, frame.pts, frame.time_base = rate, rate // 25 * k, Fraction(1, rate)
-                out.mux(stream.encode(frame))
-        for stream in (video, *streams):
-            out.mux(stream.encode())
-
-
-def tone(pitch, loudness=0.5):
-    """-> a function of time: a sine of `pitch` Hz."""
-    return lambda t: loudness * np.sin(2 * np.pi * pitch * t)
-
-
-silence = np.zeros_like
-
-
-def heard_in(path, rate=16000):
-    """The amplitude of 400, 700 and 1000 Hz in the left and the right channel of a result: (2, 3)."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
-    middle = np.concatenate(frames, axis=1)[:, 8000:8000 + rate]        # one second
-    return np.abs(np.fft.rfft(middle))[:, [400, 700, 1000]] * 2 / rate
-
-
-def result_of(path):
-    """Write a video with the sound of another one, as infer.py does -> its path."""
-    out = path.with_name("out.mp4")
-    usable = sound.usable_sound(path)
-    encode.write_video(out, [np.zeros((32, 32, 3), np.uint8)] * 50, np.arange(50), (1, 25), usable)
-    return out
-
-
-LAYOUTS = {"6.1(back)": 125 << 16 | 7, "7.1": 128 << 16 | 8, "5.1": 122 << 16 | 6}  # MOV's layout tags
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24be", "pcm_f32le", "pcm_s32be", "pcm_u8"])
-def test_pcm_with_many_channels_in_mov_is_heard(tmp_path, layout, codec):
-    """FFmpeg has no name for the order of its channels, and PyAV would free their layout twice."""
-    channels = [tone(400), tone(700), tone(1000), *[silence] * (int(layout[0]) - 2)]
-    write_sounds(tmp_path / "a.mov", codec, [channels], layout=layout)
-    blob = bytearray((tmp_path / "a.mov").read_bytes())
-    at = blob.index(b"chan") + 8
-    blob[at:at + 8] = LAYOUTS[layout].to_bytes(4, "big") + bytes(4)
-    (tmp_path / "a.mov").write_bytes(blob)
-    left, right = heard_in(result_of(tmp_path / "a.mov"))
-    assert left[0] > 0.2 > 0.01 > left[1] and right[1] > 0.2 > 0.01 > right[0]
-    assert left[2] == pytest.approx(0.7 * left[0], rel=0.05) and right[2] == pytest.approx(left[2], rel=0.05)
-
-
-@pytest.mark.parametrize("codec", ["pcm_s16be", "pcm_u8", "pcm_mulaw"])
-def test_stereo_pcm_in_mov_stays_as_it_is(tmp_path, codec):
-    write_sounds(tmp_path / "a.mov", codec, [[tone(400), tone(700)]])
-    left, right = heard_in(result_of(tmp_path / "a.mov"))
-    assert left == pytest.approx([0.5, 0, 0], abs=0.03) and right == pytest.approx([0, 0.5, 0], abs=0.03)
-
-
-def test_many_channels_of_another_codec_are_left_out(tmp_path, capsys):
-    write_sounds(tmp_path / "a.mov", "pcm_mulaw", [[tone(400)] * 6], layout="5.1")
-    with av.open(str(result_of(tmp_path / "a.mov"))) as container:
-        assert not container.streams.audio
-    line, = capsys.readouterr().err.splitlines()
-    assert "its sound cannot be read" in line and "6 channels of pcm_mulaw" in line
-
-
-@pytest.mark.parametrize("name,codec", [("a.mkv", "aac"), ("a.mp4", "aac"), ("a.mov", "pcm_s16le"),
-                                        ("b.mkv", "libopus")])
-def test_a_silent_track_is_not_used(tmp_path, name, codec):
-    rate = 48000 if codec == "libopus" else 16000
-    tracks = [[silence, silence], [tone(700), tone(700)], [tone(400), tone(400)]]
-    write_sounds(tmp_path / name, codec, tracks, rate)
-    spectrum = heard_in(result_of(tmp_path / name), rate)
-    assert (spectrum[:, 1] > 0.3).all() and (spectrum[:, [0, 2]] < 0.05).all()
-    write_sounds(tmp_path / name, codec, tracks[:1] * 2, rate)          # all tracks may be silent
-    assert (heard_in(result_of(tmp_path / name), rate) < 0.001).all()
