@@ -36,13 +36,14 @@ os.register_at_fork(before=gc.collect)
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
 PHOTO = ROOT / "assets" / "astronaut.jpg"
+TRACK = ROOT / "assets" / "speech.npz"
 TINY = dict(channels=(8, 16, 16), landmarks="dlib", content="l1", lr=3e-4, lr_d=3e-4, finetune_lr=6e-4,
             finetune_lr_d=6e-4, lips=1.25)
 TINY_FLAGS = ["--toy", "--channels", "8", "16", "16", "--K", "2", "--batch", "2"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the long form of test_faults.py: two hours")
+    parser.addoption("--slow", action="store_true", help="run the long forms of tests (two hours in all)")
 
 
 def pytest_configure(config):
@@ -54,6 +55,12 @@ def few_threads_and_no_gpu(request, monkeypatch):
     torch.set_num_threads(THREADS)
     if "cuda" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def slow(request):
+    """Whether to run the long form of a test."""
+    return request.config.getoption("--slow")
 
 
 # Built once for all tests: the first takes 100 MB and a second, the other a third of a second.

@@ -24,7 +24,7 @@ def test_tracks_repeat_the_landmarks_of_faceless_frames(clip, detect, tmp_path):
 
 
 def two_people(face, n, hidden=()):
-    """-> n frames of 200 x 500 pixels with two heads that move. The left one is not in the frames `hidden`."""
+    """-> n frames of 200 x 500 pixels with two heads that move. The left one is missing in `hidden`."""
     frames = []
     for k in range(n):
         frame = np.full((200, 500, 3), 128, np.uint8)
