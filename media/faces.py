@@ -29,6 +29,7 @@ MIRRORED = np.r_[       # points[MIRRORED], with x mirrored, are the landmarks o
 # ------------------------------------------------------------------------------------------- detectors
 
 class Face(NamedTuple):
+    """A face that a detector has found."""
     box: tuple          # left, top, right, bottom in pixels of the picture
     score: float        # the detector's confidence, above 0
     side: int = 0       # the longer side in pixels of the scaled copy on which it was found

@@ -226,8 +226,8 @@ def atomic(path):
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    # The number is random and not the process's, because processes in two containers can have the same one.
-    # Names may have 255 bytes, which the file's own name may use up, and 50 characters are at most 200 bytes.
+    # The suffix is random and not the process's number, as processes in two containers can have the same.
+    # A name may have 255 bytes, which the file's own name may use up; 50 characters are at most 200 bytes.
     temporary = os.path.join(folder, f"{os.path.basename(target)[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)

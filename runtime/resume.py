@@ -215,7 +215,7 @@ def check_finite(values, weights, step, out, world):
 class Signals:
     """A context in which SIGTERM, SIGINT, SIGHUP are only noted in `came`, so that the loop can save.
 
-    came: [(number, time)].
+    came: [(number, time)] of the signals so far.
     A signal that is ignored stays ignored, such as SIGHUP under nohup. A signal more than 3 seconds after the
     first one ends the process at once. Earlier ones do not, because clusters send the first one twice.
     """
