@@ -280,7 +280,7 @@ def test_a_photo_and_its_person_file_give_the_same_result(command, model, capsys
     assert np.abs(drawn("a.mp4") - drawn("c.mp4")).mean() > 4
     capsys.readouterr()
     command("--person", "p.pt", "--driver", "one.npz")
-    assert "one frame" in capsys.readouterr().out
+    assert "a single frame" in capsys.readouterr().out
     command("--person", "p.pt", "--driver", "aside.npz")
     assert "driver's face is turned by about" in capsys.readouterr().err
 

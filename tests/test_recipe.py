@@ -264,7 +264,7 @@ def test_default_batch_and_k_are_the_papers(run):
     folder = run(lambda E, G, D, row, x: seen.append((x.shape, row, D.W.detach().clone())), "--steps", 1)
     (shape, row, W), = seen
     assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}   # 1 + 8 frames (A.1)
-    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, (8, 16, 16), 3, "dlib")
+    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, (8, 16, 16), 3, "dlib", content="l1")
     # the initial W of a run
     assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6
 
