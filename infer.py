@@ -119,8 +119,8 @@ def parse():
         "the same person)")
     add("--views", action="store_true", help="without a driver: a video of the person from yaw -40 to 40 "
         "degrees, and the same views in one picture, NAME.views.png")
-    add("--out", default="result.mp4", help="(default: result.mp4)")
-    add("--checkpoint", help="a meta-learned checkpoint (default: the bundled one)")
+    add("--out", default="result.mp4", metavar="FILE", help="the video (default: result.mp4)")
+    add("--checkpoint", metavar="FILE", help="a meta-learned checkpoint (default: the bundled one)")
     add("--feed-forward", action="store_true", help="do not fine-tune: faster, but less like the person")
     add("--compare", action="store_true", help="show source, landmarks and result side by side")
     add("--save-person", metavar="FILE", help="also save the person, for a later --person")
