@@ -126,7 +126,7 @@ def _prepare(files, out, size, max_frames):
     """Prepare one sequence -> the number of frames stored, how many of them are above MADE_UP, [problems]."""
     files = evenly(files, max_frames or len(files))
     jpegs, numbers, shots, vectors, problems = [], [], [], [], []
-    compared = evenly(range(len(files)), COMPARED)
+    compared = evenly(range(len(files)), COMPARED) if len(files) > 1 else []
     for number, file in enumerate(files):
         try:
             share = max_frames // len(files)
