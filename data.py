@@ -89,7 +89,7 @@ class PreparedVideos:
         for i, file in enumerate(self.files):
             try:
                 sequence = self._open(i)
-                self._made_up.append(np.array(sequence["made_up"]))     # a copy: the file is closed again
+                self._made_up.append(sequence["made_up"].numpy().copy())    # a copy, so that the file is closed
                 kinds.setdefault((sequence["detector"], sequence["image_size"]), file)
             except UserError as e:
                 problem = problem or e

@@ -5,6 +5,7 @@
         sound.write_until(seconds)
 """
 import io
+from fractions import Fraction
 from itertools import chain, islice
 
 from media.audio import audio_frames, is_known, main_audio
@@ -107,15 +108,26 @@ class Sound:
                 yield packet
 
     def encoded(self, frames, stream):
-        """Yield the frames as AAC packets. PyAV's encoder resamples them to the stream's rate and layout."""
-        clock = None
+        """Yield the frames as AAC packets with the stream's rate and layout."""
+        import av
+        encoder, clock, kind, end = stream.codec_context, None, None, 0
         for frame in frames:
             if clock is None:
                 seconds = frame.samples / frame.sample_rate
                 clock = Clock(frame.time_base, round(seconds / frame.time_base))
             frame.pts = clock.increasing(frame.pts) - round(self.start / frame.time_base)
-            if frame.pts >= 0:      # leave out what comes before the result starts
-                yield from stream.encode(frame)
+            if frame.pts < 0:       # it comes before the result starts
+                continue
+            # Channels and rate can change within a stream, which the encoder's own resampler refuses.
+            if kind != (frame.format.name, frame.layout.name, frame.sample_rate):
+                kind = frame.format.name, frame.layout.name, frame.sample_rate
+                resampler = av.AudioResampler(encoder.format, encoder.layout, encoder.rate)
+            for part in resampler.resample(frame):
+                part.pts = round(part.pts * part.time_base * encoder.rate)
+                part.time_base = Fraction(1, encoder.rate)
+                if part.pts > end - part.samples / 2:   # not within a frame whose length damage has changed
+                    end = part.pts + part.samples
+                    yield from stream.encode(part)
         yield from stream.encode()
 
 

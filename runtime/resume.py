@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,6 +179,8 @@ def join_ranks(backend, rank, world):
     All restarts share one store. Without this, a rank can find the address of a rank that has died there, and
     wait forever (PyTorch issue 135712). With several nodes it is left out, as each counts its own restarts.
     """
+    # torch 2.14 renames this argument of DDP, but torch 2.5 does not know the new name
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore("restart " + os.environ["TORCHELASTIC_RESTART_COUNT"], store)

@@ -2,6 +2,7 @@
 import gc
 import io
 import multiprocessing
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,8 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
     torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "image_size": 128, "landmarks": landmarks,
                 "made_up": torch.tensor([0.0, 0.101, 0.1]), "seconds": torch.zeros(3), "detector": "dlib"},
                tmp_path / "a.pt")
-    videos = data.PreparedVideos(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        videos = data.PreparedVideos(tmp_path)
     assert videos.count(0) == 3 and videos.usable(0).tolist() == [0, 2]     # at most a tenth is made up
     maps = Path("/proc/self/maps")      # Linux allows 65,530 of them, and VoxCeleb2 has 145,112 sequences
     assert not maps.exists() or str(tmp_path) not in maps.read_text()

@@ -45,6 +45,25 @@ def write_sound(path, codec, rate=48000, frames=50):
         out.mux(audio.encode())
 
 
+def test_channels_that_change_are_heard_to_the_end(tmp_path):
+    """A second in mono and one in stereo, as television switches them."""
+    for name, layout, channels in (("mono.mp2", "mono", 1), ("stereo.mp2", "stereo", 2)):
+        with av.open(str(tmp_path / name), "w") as out:
+            stream = out.add_stream("mp2", rate=48000, layout=layout)
+            tone = np.sin(np.arange(48000) / 20).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(np.repeat(tone, channels, axis=0), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
+            out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+    parts = [(tmp_path / name).read_bytes() for name in ("mono.mp2", "stereo.mp2")]
+    (tmp_path / "a.mp2").write_bytes(b"".join(parts))
+    encode.write_video(tmp_path / "out.mp4", black(50), np.arange(50), (1, 25), tmp_path / "a.mp2")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        heard = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    assert len(heard) / 48000 == pytest.approx(2, abs=0.1)
+    assert np.abs(heard[-24000:-9600]).mean() > 0.3
+
+
 def test_sound_that_mp4_cannot_hold_is_encoded_again(tmp_path):
     write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
     encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.avi")
