@@ -81,7 +81,7 @@ class Follower:
         lost = self.missed >= 2 and seconds - self.seen > self.LOST
         if self.face is not None and not cut and not lost:
             faces, chosen = self.find_again(image)
-            chosen = self.return_to_person(faces, chosen, image, seconds)
+            faces, chosen = self.return_to_person(faces, chosen, image, seconds)
         else:
             faces, chosen = self.choose(image, seconds, cut)
         if chosen is None:
@@ -169,18 +169,24 @@ class Follower:
         return best
 
     def return_to_person(self, faces, chosen, image, seconds):
-        """-> chosen, or another of the faces if that is somebody who was followed longer."""
-        sure = [face for face in faces if face is chosen or face.score >= SURE]
+        """-> ([Face], chosen), with another face chosen if that is the person who was followed longest.
+
+        The person may return smaller than the face that is followed meanwhile, so a larger copy is searched.
+        """
         longest = max(self.people, key=Person.weight)
-        if (longest is self.person or all(face is chosen for face in sure)
+        if (self.recognition is None or longest is self.person
                 or seconds - self.compared < self.PATIENCE):
-            return chosen
+            return faces, chosen
         self.compared = seconds
-        known, person = self.recognise(sure, image)
-        if known is None or known is chosen:
-            return chosen
+        sides = self.detector.sides
+        larger = sides[sides.index(self.face.side) + 1:][:1] or sides[-1:]
+        sure = [face for face in self.detector.faces(image, larger) if face.score >= SURE]
+        others = [face for face in sure if chosen is None or not is_near(face, chosen)]
+        known, person = self.recognise(others, image) if others else (None, None)
+        if known is None or person is not longest:
+            return faces, chosen
         self.continue_with(person)
-        return known
+        return [*others, *([chosen] if chosen else [])], known
 
     def report(self, path):
         """-> a line for the user about which face was followed, or None if no frame showed several."""

@@ -109,6 +109,22 @@ def test_a_person_who_returns_is_followed_again(tmp_path, face, other, detect, a
     assert "returned to the same person 1 times" in said[0] and len(asked) < 20
 
 
+def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, detect):
+    """On the small copy on which the other face is found, the returning one is not."""
+    frames = two_who_differ(140, (), face, other)
+    for k, frame in enumerate(frames):
+        left = frame[:200, :240].copy()
+        frame[:, 250:] = 128 if k < 60 else frame[:, 250:]
+        frame[:, :250] = 128 if k >= 50 else frame[:, :250]
+        if k >= 70:
+            frame[20:160, 20:188] = np.asarray(Image.fromarray(left).resize((168, 140), Image.LANCZOS))
+    large = [frame.repeat(2, axis=0).repeat(2, axis=1) for frame in frames]
+    write_clip(tmp_path / "a.mp4", large, np.arange(140) * 512)
+    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=tell_apart())
+    of_left = track.points[:, :, 0].mean(1) < 480
+    assert of_left[:50].all() and not of_left[60:70].any() and of_left[-40:].all()
+
+
 def test_recognition_is_not_used_without_a_choice(tmp_path, face, detect):
     def vector(frame, points):
         raise AssertionError("not needed")
