@@ -117,7 +117,7 @@ def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, d
         frame[:, 250:] = 128 if k < 60 else frame[:, 250:]
         frame[:, :250] = 128 if k >= 50 else frame[:, :250]
         if k >= 70:
-            frame[20:160, 20:188] = np.asarray(Image.fromarray(left).resize((168, 140), Image.LANCZOS))
+            frame[20:130, 20:152] = np.asarray(Image.fromarray(left).resize((132, 110), Image.LANCZOS))
     large = [frame.repeat(2, axis=0).repeat(2, axis=1) for frame in frames]
     write_clip(tmp_path / "a.mp4", large, np.arange(140) * 512)
     track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=tell_apart())
