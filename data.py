@@ -89,7 +89,7 @@ class PreparedVideos:
         for i, file in enumerate(self.files):
             try:
                 sequence = self._open(i)
-                self._made_up.append(sequence["made_up"].numpy().copy())    # a copy, so that the file is closed
+                self._made_up.append(sequence["made_up"].numpy().copy())    # without a copy it stays open
                 kinds.setdefault((sequence["detector"], sequence["image_size"]), file)
             except UserError as e:
                 problem = problem or e
@@ -116,7 +116,8 @@ class PreparedVideos:
     def _open(self, i):
         try:  # memory-mapped, so that reading a few frames of a long video does not read all of it
             sequence = torch.load(self.files[i], mmap=True, weights_only=True)
-            for key in ("image_size", "detector", "landmarks", "offsets", "jpeg", "made_up", "seconds"):
+            for key in ("jpeg", "offsets", "landmarks", "file", "seconds", "made_up", "image_size",
+                        "detector"):
                 sequence[key]
             return sequence
         except OSError as e:    # for example no permission, or a network drive that is gone

@@ -186,7 +186,7 @@ class Follower:
         if known is None or person is not longest:
             return faces, chosen
         self.continue_with(person)
-        return [*others, *([chosen] if chosen else [])], known
+        return others + [chosen] * (chosen is not None), known
 
     def report(self, path):
         """-> a line for the user about which face was followed, or None if no frame showed several."""

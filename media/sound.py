@@ -118,16 +118,17 @@ class Sound:
             frame.pts = clock.increasing(frame.pts) - round(self.start / frame.time_base)
             if frame.pts < 0:       # it comes before the result starts
                 continue
-            # Channels and rate can change within a stream, which the encoder's own resampler refuses.
-            if kind != (frame.format.name, frame.layout.name, frame.sample_rate):
-                kind = frame.format.name, frame.layout.name, frame.sample_rate
+            # Channels and rate can change within a stream, but the encoder's own resampler refuses that.
+            previous, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
+            if kind != previous:
                 resampler = av.AudioResampler(encoder.format, encoder.layout, encoder.rate)
             for part in resampler.resample(frame):
                 part.pts = round(part.pts * part.time_base * encoder.rate)
                 part.time_base = Fraction(1, encoder.rate)
-                if part.pts > end - part.samples / 2:   # not within a frame whose length damage has changed
-                    end = part.pts + part.samples
-                    yield from stream.encode(part)
+                if part.pts <= end - part.samples / 2:
+                    continue    # a damaged frame before it was decoded too long and covers this time
+                end = part.pts + part.samples
+                yield from stream.encode(part)
         yield from stream.encode()
 
 

@@ -239,10 +239,11 @@ def clip(tmp_path_factory, face):
     return path
 
 
-def prepare(path, frames, points, file=None, seconds=None):
+def prepare(path, frames, points, file=None, seconds=None, made_up=None):
     """Write a file as data.py does, of frames uint8 (n, S, S, 3) and landmarks (n, 68, 2).
 
     file, seconds (n,): the clip that each frame is from, and its time in it. By default they are photos.
+    made_up (n,): the share of each frame that lies beyond the picture. By default it is 0.
     """
     jpegs = []
     for frame in frames:
@@ -254,5 +255,6 @@ def prepare(path, frames, points, file=None, seconds=None):
     files.save_tensors({"jpeg": torch.cat(jpegs), "offsets": offsets, "landmarks": torch.tensor(points),
                         "file": torch.as_tensor(range(len(frames)) if file is None else file),
                         "seconds": torch.as_tensor(np.zeros(len(frames)) if seconds is None else seconds),
-                        "made_up": torch.zeros(len(frames)), "image_size": len(frames[0]),
+                        "made_up": torch.zeros(len(frames)) if made_up is None else torch.tensor(made_up),
+                        "image_size": len(frames[0]),
                         "detector": "dlib"}, path)

@@ -1,6 +1,5 @@
 """data.py: landmark images, prepared folders, episodes."""
 import gc
-import io
 import multiprocessing
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 import data
 from beyond.augment import recolour_and_mirror, warp
 from beyond.toy import ToyHeads
-from conftest import PHOTO, fail, here, moving, script, succeed, write_clip
+from conftest import PHOTO, fail, here, moving, prepare, script, succeed, write_clip
 from media import crops, faces, folders, photos
 from media.decode import read_video, to_rgb
 from runtime.files import UserError
@@ -226,17 +225,9 @@ def test_max_frames_are_spread_evenly(clip, detect):
 
 
 def test_prepared_frames_and_landmarks_belong_together(tmp_path):
-    toy, jpegs = ToyHeads(1, 128), []
+    toy = ToyHeads(1, 128)
     pairs = [toy.draw(0, t) for t in range(3)]
-    for frame, _ in pairs:
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
-        jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
-    offsets = torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0)
-    landmarks = torch.stack([torch.from_numpy(p) for _, p in pairs])
-    torch.save({"jpeg": torch.cat(jpegs), "offsets": offsets, "image_size": 128, "landmarks": landmarks,
-                "made_up": torch.tensor([0.0, 0.101, 0.1]), "seconds": torch.zeros(3), "detector": "dlib"},
-               tmp_path / "a.pt")
+    prepare(tmp_path / "a.pt", *map(np.stack, zip(*pairs)), made_up=[0.0, 0.101, 0.1])
     with warnings.catch_warnings(action="error"):
         videos = data.PreparedVideos(tmp_path)
     assert videos.count(0) == 3 and videos.usable(0).tolist() == [0, 2]     # at most a tenth is made up
@@ -254,7 +245,8 @@ def test_prepared_frames_and_landmarks_belong_together(tmp_path):
 def test_sequences_that_were_prepared_differently_are_told(tmp_path):
     """Every sequence is checked, because folders may have been copied together."""
     sequence = {"jpeg": torch.zeros(1), "offsets": torch.zeros(1), "landmarks": torch.zeros(0, 68, 2),
-                "made_up": torch.zeros(0), "seconds": torch.zeros(0), "detector": "dlib"}
+                "made_up": torch.zeros(0), "seconds": torch.zeros(0), "file": torch.zeros(0),
+                "detector": "dlib"}
     (tmp_path / "0.pt").write_text("a damaged file first")
     for name, difference in (("1.pt", {"image_size": 128}), ("2.pt", {"image_size": 64}),
                              ("3.pt", {"image_size": 128, "detector": "fan"})):

@@ -51,7 +51,8 @@ def test_channels_that_change_are_heard_to_the_end(tmp_path):
         with av.open(str(tmp_path / name), "w") as out:
             stream = out.add_stream("mp2", rate=48000, layout=layout)
             tone = np.sin(np.arange(48000) / 20).astype(np.float32)[None]
-            frame = av.AudioFrame.from_ndarray(np.repeat(tone, channels, axis=0), format="fltp", layout=layout)
+            tones = np.repeat(tone, channels, axis=0)
+            frame = av.AudioFrame.from_ndarray(tones, format="fltp", layout=layout)
             frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
             out.mux(stream.encode(frame))
             out.mux(stream.encode())
