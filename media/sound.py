@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import chain, islice
 
 from media.audio import audio_frames, is_known, main_audio
-from media.streams import Clock, Damage, open_media, packets
+from media.streams import Clock, Damage, find_joints, open_media, packets
 from runtime.files import warn
 
 COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # the codecs that browsers play in an mp4
@@ -54,6 +54,7 @@ class Sound:
         index = main_audio(path)
         if index is None:
             return
+        self.joints = find_joints(path)
         self.source = open_media(path)
         audio = self.source.streams[index]
         if not is_known(audio):
@@ -99,8 +100,11 @@ class Sound:
         for packet in packets(self.source, audio, Damage()):
             if packet.dts is None or packet.pts is None:
                 continue
-            clock = clock or Clock(packet.time_base, packet.duration or 1)
-            shift = clock.increasing(packet.dts) - packet.dts - round(self.start / packet.time_base)
+            clock = clock or Clock(packet.time_base, packet.duration or 1, self.joints)
+            time = clock.increasing(packet.dts)
+            if time is None:
+                continue
+            shift = time - packet.dts - round(self.start / packet.time_base)
             packet.pts += shift
             packet.dts += shift
             if (packet.pts + (packet.duration or 0)) * packet.time_base > -PREROLL:
@@ -114,10 +118,11 @@ class Sound:
         for frame in frames:
             if clock is None:
                 seconds = frame.samples / frame.sample_rate
-                clock = Clock(frame.time_base, round(seconds / frame.time_base))
-            frame.pts = clock.increasing(frame.pts) - round(self.start / frame.time_base)
-            if frame.pts < 0:       # it comes before the result starts
+                clock = Clock(frame.time_base, round(seconds / frame.time_base), self.joints)
+            time, start = clock.increasing(frame.pts), round(self.start / frame.time_base)
+            if time is None or time < start:    # it comes before the result starts
                 continue
+            frame.pts = time - start
             # Channels and rate can change within a stream, but the encoder's own resampler refuses that.
             previous, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
             if kind != previous:

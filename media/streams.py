@@ -7,6 +7,7 @@
 """
 import os
 from itertools import chain
+from typing import NamedTuple
 
 TRIES = 10      # how often packets() tries to continue after an error before it gives up, as mpv does
 
@@ -109,31 +110,71 @@ def in_order(frames, damage, base):
 
 def shown(container, stream, damage):
     """Yield the frames of a stream that a player would show, each with a later time than the one before."""
-    clock = Clock(stream.time_base, round(1 / ((stream.average_rate or 25) * stream.time_base)))
+    clock = picture_clock(stream)
     for frame in in_order(decoded(container, stream, damage), damage, stream.time_base):
         frame.pts, frame.time_base = clock.increasing(frame.pts), stream.time_base
         yield frame
 
 
+def picture_clock(stream):
+    return Clock(stream.time_base, round(1 / ((stream.average_rate or 25) * stream.time_base)))
+
+
 class Clock:
     """Makes times increase. Raw streams have no times, and in files that were joined they start again."""
 
-    def __init__(self, base, step):
+    def __init__(self, base, step, joints=()):
         self.base = base                # the unit of the times, in seconds
         self.step = max(1, step)        # the usual difference of two times, in units of base
+        self.joints = list(joints)      # of the picture, from find_joints(), if this is the clock of its sound
         self.last, self.offset = None, 0
 
     def increasing(self, time):
-        """A time in units of base, or None if there is none -> a time that is later than the one before."""
+        """A time in units of base, or None if there is none -> a time that is later than the one before.
+
+        Returns None for sound that is left over when the next part of a joined recording already plays.
+        """
         if time is not None:
             time += self.offset
         if time is None or (self.last is not None and time <= self.last):
             following = 0 if self.last is None else self.last + self.step
             if time is not None and (self.last - time) * self.base > 1:
-                self.offset += following - time     # the times start again, so shift all that follow
+                # the times start again, so shift all that follow, sound and picture alike
+                shift = following - time
+                if self.joints:
+                    shift = round(self.joints.pop(0).shift / self.base) - self.offset
+                    following = max(following, time + shift)
+                self.offset += shift
             time = following
+        if self.joints and time * self.base >= self.joints[0].begins:
+            return None
         self.last = time
         return time
+
+
+class Joint(NamedTuple):
+    """Where a recording goes on with another file that was appended to it. Both in seconds."""
+    begins: float       # when the picture of the new part begins
+    shift: float        # how much later than stored it is shown
+
+
+def find_joints(path):
+    """-> [Joint] of the picture of a recording that was joined from several files.
+
+    The times of all its streams start again at a joint. The sound has to follow the picture's clock there,
+    because it may end a little before or after the picture of its part.
+    """
+    with open_media(path) as container:
+        stream = main_video(container)
+        if stream is None or container.format.name not in ("mpegts", "mpeg"):   # others cannot be joined so
+            return []
+        clock, joints = picture_clock(stream), []
+        for packet in packets(container, stream, Damage()):
+            before, time = clock.offset, clock.increasing(packet.dts)
+            if clock.offset != before:
+                delay = (packet.pts or packet.dts) - packet.dts     # from decoding to showing a frame
+                joints.append(Joint((time + delay) * clock.base, clock.offset * clock.base))
+    return joints
 
 
 # ----------------------------------------------------------------------------------- the expected length
