@@ -124,8 +124,8 @@ class PreparedVideos:
             raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
             raise_if_out_of_memory(e)
-            raise UserError(f"{self.files[i]} is damaged or not from this version of data.py "
-                            f"({type(e).__name__}): delete it and prepare it again") from None
+            raise UserError(f"{self.files[i]} is damaged, or was not made by this version of data.py: move it "
+                            "elsewhere, and if data.py made it, prepare it again") from None
 
     def __len__(self):
         return len(self.files)
@@ -142,6 +142,11 @@ class PreparedVideos:
         """All landmarks of sequence i (n, 68, 2), in pixels of its stored size."""
         return self._open(i)["landmarks"].numpy()
 
+    def times(self, i):
+        """Of each frame of sequence i, the number of its clip or photo and its time in it in seconds: (n,)."""
+        sequence = self._open(i)
+        return sequence["file"].numpy(), sequence["seconds"].numpy()
+
     def load(self, i, ts):
         """The frames ts (k,) of sequence i: uint8 (k, S, S, 3), and their landmarks (k, 68, 2)."""
         sequence, S = self._open(i), self.image_size
@@ -156,7 +161,7 @@ class PreparedVideos:
                 frames.append(np.asarray(image))
             except (OSError, SyntaxError, ValueError) as e:
                 raise UserError(f"frame {t} of {self.files[i]} is damaged ({e}): "
-                                "delete the file and prepare it again") from None
+                                "move the file elsewhere and prepare it again") from None
         points = sequence["landmarks"][list(ts)].numpy()
         return np.stack(frames), (points + 0.5) * (S / sequence["image_size"]) - 0.5
 

@@ -33,7 +33,7 @@ def read_video(path, complain=warn):
             if stream is None:
                 raise UserError(f"{path} has no video in it")
             promised = promises(container, stream)
-            for frame in of_one_size(shown(container, stream, damage), stream):
+            for frame in of_one_size(shown(container, stream, damage), stream, damage):
                 count += 1
                 start = frame.pts if start is None else start
                 seconds = (frame.pts + frame.duration - start) * frame.time_base
@@ -105,12 +105,12 @@ def animated_webp(path, complain):
                 milliseconds = image.info["duration"]
                 frame = av.VideoFrame.from_image(picture)
                 frame.pts, frame.time_base = time, Fraction(1, 1000)
-                frame.opaque = aspect, None     # a new tuple, because PyAV loses one that two frames share
+                frame.opaque = aspect, None, False      # a new tuple, because PyAV loses one that two frames share
                 time += milliseconds if milliseconds > 10 else 100      # browsers do this, too
                 yield frame
     except Exception as e:      # PIL raises a dozen types for damaged files
         if not count:
-            raise UserError(f"{path} is not a video that can be read ({e})") from None
+            raise UserError(f"{path} is an animated picture that is damaged or incomplete ({e})") from None
         complain(f"{path}: only {count} of {image.n_frames} frames could be read ({e})")
 
 
@@ -122,10 +122,11 @@ FROM_BT2020 = np.float32([[1.6605, -0.5876, -0.0728],
                           [-0.0182, -0.1006, 1.1187]])      # linear BT.2020 to linear sRGB
 
 
-def of_one_size(frames, stream):
+def of_one_size(frames, stream, damage):
     """Set the `opaque` of each frame, from which to_rgb() scales it to the size of the first, as players do.
 
-    It is (the pixels' width / height, the (height, width) of the first picture or None for the first frame).
+    It is (the pixels' width / height, the (height, width) of the first picture or None for the first frame,
+    whether damage spoilt the frame).
     Video calls in browsers change the size of the frames within a recording, and so does television.
     """
     aspects, own, size = {}, None, None     # own: the first frame's pixel aspect as its codec gives it
@@ -135,9 +136,9 @@ def of_one_size(frames, stream):
             own = own or codec_aspect(stream)
             aspects[kind] = pixel_aspect(stream) * codec_aspect(stream) / own
         if size is None:
-            frame.opaque = aspects[kind], None
+            frame.opaque = aspects[kind], None, False
             size = to_rgb(frame).shape[:2]
-        frame.opaque = aspects[kind], size
+        frame.opaque = aspects[kind], size, frame.pts in damage.spoilt
         yield frame
 
 
@@ -161,7 +162,7 @@ def to_rgb(frame):
     It gets black borders if its proportions are not those of the first frame. The colours of an HDR frame
     stay pale: see to_srgb_from_hdr().
     """
-    aspect, size = frame.opaque
+    aspect, size, _ = frame.opaque
     width = round(frame.width * max(aspect, 1))     # enlarged and never reduced, to keep all detail
     height = round(frame.height / min(aspect, 1))
     if (width, height) == (frame.width, frame.height):
@@ -172,6 +173,11 @@ def to_rgb(frame):
     if size is None or image.shape[:2] == size:
         return image
     return np.asarray(ImageOps.pad(Image.fromarray(image), size[::-1], Image.BICUBIC))
+
+
+def is_spoilt(frame):
+    """Whether a frame from read_video() may look wrong, because a packet that it depends on is damaged."""
+    return frame.opaque[2]
 
 
 def to_srgb_from_hdr(image, frame):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from media.crops import crop, face_box, inside, made_up, to_crop
-from media.decode import count_frames, read_video, to_rgb, to_srgb_from_hdr
+from media.decode import count_frames, is_spoilt, read_video, to_rgb, to_srgb_from_hdr
 from media.faces import TURNED, upright, which_face, words_on_choice
 from media.photos import read_photo
 from media.tracking import track_video
@@ -170,16 +170,20 @@ def face_in_photo(path, detect, size, complain):
 
 
 def faces_in_clip(path, detect, size, max_frames, complain, recognition):
-    """Yield a Shot of each frame with a face; see faces_in()."""
+    """Yield a Shot of each frame with a face, but not of frames that damage has spoilt; see faces_in()."""
     count = count_frames(path) if max_frames else 0
     chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
     track = track_video(path, detect, lambda k: k in chosen, complain=complain, recognition=recognition)
     times = track.seconds()
     boxes = track.boxes()
     numbers = {pts: k for k, pts in enumerate(track.pts) if track.found[k]}     # by time, as in read_crops()
+    used = 0
     for frame in read_video(path, lambda line: None):
         k = numbers.get(frame.pts)
-        if k is not None:
+        if k is not None and not is_spoilt(frame):
+            used += 1
             image = np.rot90(to_rgb(frame), track.turns)
             shot = cut_shot(image, track.points[k], boxes[k], size, float(times[k]))
             yield shot._replace(image=to_srgb_from_hdr(shot.image, frame))
+    if not used:
+        raise UserError(f"{path} is so damaged that none of its frames with a face can be used: use another file")

@@ -189,16 +189,28 @@ class Follower:
         return others + [chosen] * (chosen is not None), known
 
     def report(self, path):
-        """-> a line for the user about which face was followed, or None if no frame showed several."""
-        if not self.with_others:
-            return None
-        count = f"{self.with_others} of {self.looks} frames"
-        words = f"{path}: {count} show several faces: followed the one {self.place}"
-        if self.choices:
-            words += f"; chose again {self.choices} times, after a cut or a second without it"
-        if self.returns:
-            words += f"; returned to the same person {self.returns} times"
-        return words
+        """-> a line for the user about whom the track shows, or None if that is plain."""
+        words = []
+        if self.with_others:
+            words.append(f"{self.with_others} of {self.looks} frames show several faces: followed the one "
+                         f"{self.place}")
+            if self.choices:
+                words.append(f"chose again {self.choices} times, after a cut or a second without it")
+            if self.returns:
+                words.append(f"returned to the same person {self.returns} times")
+        others = self.frames_of_others()
+        if others:
+            words.append(f"{others} of {self.looks} frames follow somebody else, because the person who was "
+                         "followed longest was not visible")
+        return f"{path}: " + "; ".join(words) if words else None
+
+    def frames_of_others(self):
+        """The number of frames in which somebody was followed who looks like a stranger to the main person."""
+        if self.recognition is None or len(self.people) < 2:
+            return 0
+        vectors = {person: person.vector(self.recognition) for person in self.people}
+        main = vectors[max(self.people, key=Person.weight)]
+        return sum(p.frames for p, vector in vectors.items() if vector @ main < self.recognition.strangers)
 
 
 def is_near(face, last):

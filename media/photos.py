@@ -107,7 +107,7 @@ def read_still(path):
         frame = next(container.decode(stream), None)
         if frame is None:
             raise OSError("no picture in it")
-        frame.opaque = pixel_aspect(stream), None
+        frame.opaque = pixel_aspect(stream), None, False
         return to_srgb_from_hdr(to_rgb(frame), frame), side_data(frame, "ICC_PROFILE")
 
 

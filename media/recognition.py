@@ -24,9 +24,10 @@ SAME = 0.92         # above: 96 % of the pairs of one person's photos, and 0.2 %
 
 
 class Recognition(NamedTuple):
-    """How to tell people apart: by a network's vectors, and a threshold for the cosine of two of them."""
+    """How to tell people apart: by a network's vectors, and thresholds for the cosine of two of them."""
     vector: Callable    # (frame uint8 (S, S, 3), landmarks (68, 2)) -> vector (d,) of norm 1
     same: float         # two vectors whose cosine is above this show the same person
+    strangers: float    # two vectors whose cosine is below this show two people
 
 
 def dlib_recognition():
@@ -47,7 +48,7 @@ def dlib_recognition():
 
 def tell_apart():
     """-> the Recognition by which a Follower finds the same person again in a video."""
-    return Recognition(dlib_recognition(), SAME)
+    return Recognition(dlib_recognition(), SAME, STRANGERS)
 
 
 def are_several(vectors):

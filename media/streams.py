@@ -5,6 +5,7 @@
         for frame in shown(container, stream, damage):
             ...
 """
+import math
 import os
 from itertools import chain
 from typing import NamedTuple
@@ -43,6 +44,8 @@ class Damage:
 
     def __init__(self):
         self.packets = 0    # the number of damaged packets
+        self.times = []     # the times of these packets, or of the ones after them
+        self.spoilt = set() # the times of frames that shown() yielded but that refer to damaged ones
         self.end = None     # the reason, in words, if reading stopped before the end of the file
 
 
@@ -56,6 +59,8 @@ def packets(container, stream, damage):
     while True:
         try:
             for packet in container.demux(stream):
+                if tries:
+                    damage.times.append(packet.pts)
                 tries = 0
                 if packet.size:     # an empty packet would end the decoding
                     yield packet
@@ -76,6 +81,7 @@ def decoded(container, stream, damage):
             frames = stream.decode(packet)
         except av.FFmpegError:
             damage.packets += 1
+            damage.times.append(packet and packet.pts)
             continue
         yield from frames
 
@@ -109,10 +115,20 @@ def in_order(frames, damage, base):
 
 
 def shown(container, stream, damage):
-    """Yield the frames of a stream that a player would show, each with a later time than the one before."""
-    clock = picture_clock(stream)
+    """Yield the frames of a stream that a player would show, each with a later time than the one before.
+
+    Frames after a damaged packet are drawn from what was lost, up to the next key frame: their times are
+    added to damage.spoilt.
+    """
+    clock, complete = picture_clock(stream), -math.inf      # complete: the time of the latest key frame
     for frame in in_order(decoded(container, stream, damage), damage, stream.time_base):
+        stored = frame.pts
         frame.pts, frame.time_base = clock.increasing(frame.pts), stream.time_base
+        if stored is not None:
+            complete = stored if frame.key_frame else complete
+            lost = any(time is not None and complete < time <= stored for time in damage.times)
+            if lost or frame.is_corrupt:
+                damage.spoilt.add(frame.pts)
         yield frame
 
 

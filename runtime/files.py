@@ -210,7 +210,9 @@ def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot write to --out {path}: {e.strerror}") from None
+        denied = e.errno in (errno.EACCES, errno.EROFS)
+        reason = "the folder that it would be in is read-only" if denied else e.strerror
+        raise UserError(f"cannot write to --out {path}: {reason}") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to --out {path}: the folder is read-only")
 
@@ -263,5 +265,5 @@ def save_tensors(state, path):
     with atomic(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as e:   # torch.save raises this if the disk is full
-            raise OSError(str(e).splitlines()[0]) from None
+        except RuntimeError as e:   # torch.save raises this, with words of its own, if the disk is full
+            raise OSError(f"is the disk full? ({str(e).splitlines()[0]})") from None

@@ -20,6 +20,14 @@ def write(path, text="new"):
         file.write(text)
 
 
+def test_a_new_folder_in_a_read_only_one_is_refused_in_plain_words(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(os, "makedirs", denied)
+    with pytest.raises(UserError, match="cannot write to --out .*/new: the folder that it .* is read-only"):
+        files.make_folder(str(tmp_path / "new"))
+
+
 def test_a_link_is_kept_and_its_target_is_written(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/real.mp4").write_text("old")

@@ -125,13 +125,32 @@ def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, d
     assert of_left[:50].all() and not of_left[60:70].any() and of_left[-40:].all()
 
 
+def test_the_user_hears_of_somebody_else_who_is_followed(tmp_path, face, other, detect):
+    """There are never two faces in a frame: the one person leaves, and another comes."""
+    said = []
+    for name, second in (("two.mp4", other), ("one.mp4", face)):
+        frames = two_who_differ(100, (), face, second)
+        for k, frame in enumerate(frames):
+            frame[:, 250:] = 128 if k < 60 else frame[:, 250:]
+            frame[:, :250] = 128 if k >= 60 else frame[:, :250]
+        write_clip(tmp_path / name, frames, np.arange(100) * 512)
+        tracking.track_video(tmp_path / name, detect, complain=said.append, recognition=tell_apart())
+    line, = said
+    assert "two.mp4: 4" in line and "of 100 frames follow somebody else" in line
+
+
 def test_recognition_is_not_used_without_a_choice(tmp_path, face, detect):
+    """Only at the end, to see whether the one who came after a while is the one who left."""
+    asked = []
+
     def vector(frame, points):
-        raise AssertionError("not needed")
+        asked.append(frame)
+        return np.ones(1)
     frames = two_who_differ(75, range(20, 50), face, np.full_like(face, 128))
     write_clip(tmp_path / "a.mp4", frames, np.arange(75) * 512, sound=False)
-    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=Recognition(vector, 0.9))
+    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=Recognition(vector, 0.9, 0.8))
     assert track.found[:10].all() and not track.found[30:45].any() and track.found[-10:].all()
+    assert len(asked) == 2
 
 
 def test_after_a_cut_the_person_who_was_followed_most_is_preferred(tmp_path, face, other, detect):

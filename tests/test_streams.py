@@ -60,6 +60,29 @@ def test_a_damaged_packet_does_not_end_the_video(tmp_path, name, codec, numbers)
     assert f"only {len(frames)}" in line and "damaged packets: " in line
 
 
+@pytest.mark.parametrize("name,codec", [("a.mp4", "libx264"), ("b.mp4", "libx265"), ("c.avi", "mpeg4"),
+                                        ("d.avi", "mjpeg"), ("f.webm", "libvpx-vp9")])
+def test_frames_that_damage_has_spoilt_are_known(tmp_path, name, codec):
+    write_greys(tmp_path / name, codec)
+    whole = {f.pts: decode.to_rgb(f) for f in decode.read_video(tmp_path / name)}
+    damage(tmp_path / name, (14,))
+    frames = list(decode.read_video(tmp_path / name, lambda line: None))
+    good = [f for f in frames if not decode.is_spoilt(f)]
+    assert all(np.array_equal(decode.to_rgb(f), whole[f.pts]) for f in good)
+    assert len(good) >= 30 and frames[-1] in good       # those before the damage, and after the next key frame
+
+
+def test_a_clip_is_learned_without_the_frames_that_damage_has_spoilt(tmp_path, face, detect, monkeypatch):
+    write_clip(tmp_path / "a.mp4", moving(face, 12), np.arange(12) * 512, sound=False)
+    assert len(list(folders.faces_in(tmp_path / "a.mp4", detect, 64))) == 12
+    damage(tmp_path / "a.mp4", (5,))        # the only key frame is the first
+    shots = list(folders.faces_in(tmp_path / "a.mp4", detect, 64, complain=lambda line: None))
+    assert 3 <= len(shots) <= 8
+    monkeypatch.setattr(folders, "is_spoilt", lambda frame: True)
+    with pytest.raises(UserError, match="so damaged"):
+        list(folders.faces_in(tmp_path / "a.mp4", detect, 64, complain=lambda line: None))
+
+
 def test_a_damaged_container_does_not_end_the_video(tmp_path):
     write_greys(tmp_path / "a.mkv", "libx264")
     blob = (tmp_path / "a.mkv").read_bytes()
@@ -180,6 +203,6 @@ def test_a_damaged_animation_is_refused(tmp_path, face):
     first.save(tmp_path / "a.webp", save_all=True, append_images=rest, duration=40)
     blob = (tmp_path / "a.webp").read_bytes()
     (tmp_path / "a.webp").write_bytes(blob[:len(blob) // 2])
-    with pytest.raises(UserError, match="a.webp is not a video that can be read"):
+    with pytest.raises(UserError, match="a.webp is an animated picture that is damaged"):
         list(decode.read_video(tmp_path / "a.webp"))
     assert decode.count_frames(tmp_path / "a.webp") == 0
