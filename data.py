@@ -1,6 +1,6 @@
 """From videos and photos to what the networks see: landmarks, crops, prepared folders, training episodes.
 
-    python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper; needs a GPU
+    python data.py --videos DIR --out DIR                       # FAN landmarks as in the paper; slow on a CPU
     python data.py --videos DIR --out DIR --landmarks dlib      # offline, 10 ms a frame on a CPU core
 
 Every folder below DIR is one sequence i of the paper: the clips of a VoxCeleb2 video (id/video/clip.mp4), the
@@ -53,12 +53,11 @@ LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and le
 def draw_landmarks(points, size):
     """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> uint8 (size, size, 3), lines on black.
 
-    They are drawn at twice the size, but on at least 256 pixels, and averaged down, because this preserves
-    positions between pixels.
+    They are drawn at twice the size (at least 256 pixels) and averaged down, which keeps sub-pixel positions.
     """
     canvas = max(2 * size, 256)
     image = Image.new("RGB", (canvas, canvas))
-    pen, width = ImageDraw.Draw(image), canvas // 128       # 2 pixels of 256
+    pen, width = ImageDraw.Draw(image), canvas // 128       # 2 pixels wide on 256
     points = np.asarray(points, np.float64)
     points = (points + 0.5) * (canvas / size) - 0.5     # pixel centres to pixel centres
     for first, end, closed, colour in LINES:
@@ -82,14 +81,14 @@ class PreparedVideos:
         self.files = sorted(str(f) for f in Path(folder).rglob("*.pt")) if os.path.isdir(folder) else []
         if not self.files:
             raise UserError(f"no prepared videos in {folder}: make them with `python data.py --videos DIR "
-                            f"--out {folder}`, or train on drawn heads with --toy")
+                            f"--out {folder}` (meta_train.py and evaluate.py also have --toy)")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
-        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # W belongs to these sequences
+        self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # names the data that W's rows belong to
         self._made_up, kinds, problem = [], {}, None
         for i, file in enumerate(self.files):
             try:
                 sequence = self._open(i)
-                self._made_up.append(sequence["made_up"].numpy().copy())    # without a copy it stays open
+                self._made_up.append(sequence["made_up"].numpy().copy())    # without a copy, it stays open
                 kinds.setdefault((sequence["detector"], sequence["image_size"]), file)
             except UserError as e:
                 problem = problem or e
@@ -124,8 +123,8 @@ class PreparedVideos:
             raise UserError(f"cannot read {self.files[i]}: {e.strerror or e}") from None
         except Exception as e:
             raise_if_out_of_memory(e)
-            raise UserError(f"{self.files[i]} is damaged, or was not made by this version of data.py: move it "
-                            "elsewhere, and if data.py made it, prepare it again") from None
+            raise UserError(f"{self.files[i]} is damaged, or was not made by this version of data.py: move "
+                            "it elsewhere, and if data.py made it, prepare it again") from None
 
     def __len__(self):
         return len(self.files)
@@ -135,7 +134,7 @@ class PreparedVideos:
         return len(self._made_up[i])
 
     def usable(self, i):
-        """The numbers of the frames of sequence i that training may use: at most MADE_UP is made up."""
+        """The numbers of the frames of sequence i that training may use: "made_up" is at most MADE_UP."""
         return np.flatnonzero(self._made_up[i] <= MADE_UP)
 
     def landmarks(self, i):
@@ -143,7 +142,7 @@ class PreparedVideos:
         return self._open(i)["landmarks"].numpy()
 
     def times(self, i):
-        """Of each frame of sequence i, the number of its clip or photo and its time in it in seconds: (n,)."""
+        """For each frame of sequence i, the number of its clip or photo, and its time there in seconds."""
         sequence = self._open(i)
         return sequence["file"].numpy(), sequence["seconds"].numpy()
 
@@ -176,8 +175,8 @@ def check_landmarks(videos, folder, config, checkpoint):
 class Episodes(torch.utils.data.Dataset):
     """The episodes of Sec. 3.2. Item n = step * slots + slot depends on (seed, step, rank, slot) alone.
 
-    So a training can be resumed exactly, and its data does not depend on the number of loader workers.
-    Rank r draws only the sequences i with i mod world = r, because each row of W then is in one D alone.
+    So a run can be resumed exactly, and its data does not depend on the number of loader workers. Rank r
+    draws only the sequences i with i mod world = r, so that each row of W belongs to the D of one rank.
     """
 
     def __init__(self, videos, K, slots, seed=0, rank=0, world=1, augment=None, stills=0.0):
@@ -193,8 +192,8 @@ class Episodes(torch.utils.data.Dataset):
         if not self.rows:
             raise UserError(f"{len(videos)} sequences are too few for {world} ranks")
         if not any(len(videos.usable(self.video(row))) >= 2 for row in range(self.rows)):
-            raise UserError("none of the prepared videos has two frames that training can use: they are "
-                            f"damaged, or more than {MADE_UP:.0%} of their crops is made up")
+            raise UserError("none of the prepared videos has two frames that training can use: frames are "
+                            f"damaged, or more than {MADE_UP:.0%} of each crop lies outside the picture")
 
     def __len__(self):
         return sys.maxsize  # there is no last episode
@@ -234,7 +233,7 @@ class Episodes(torch.utils.data.Dataset):
 def draw_frames(rng, usable, K, still=False):
     """Draw [t, s_1, ..., s_K] from these frame numbers. The target t is never one of the s_k.
 
-    If there are fewer than K + 1 frames, the s_k repeat. still: return t K + 1 times instead.
+    If there are fewer than K + 1 frames, the s_k repeat. still: return [t] * (K + 1) instead.
     """
     t = int(rng.choice(usable))
     if still:
@@ -268,7 +267,7 @@ def to_uint8(images):
 
 
 def batches(episodes, start, steps, device):
-    """Yield row (B,), x, y (B, K+1, 3, S, S) in [-1, 1] and the seconds waited, from step `start` on."""
+    """From step `start` on, yield row (B,), x, y (B, K+1, 3, S, S) in [-1, 1] and the seconds of waiting."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     slots = episodes.slots
     loader = DataLoader(episodes, slots, sampler=range(start * slots, steps * slots),
@@ -287,16 +286,17 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--videos", default="videos", metavar="DIR",
-        help="videos, or folders of frames or photos (default: videos)")
+        help="folder of videos, or of folders with videos, frames or photos (default: videos)")
     add("--out", default="prepared", metavar="DIR", help="the prepared folder (default: prepared)")
     add("--landmarks", choices=("fan", "dlib"), default="fan",
         help="the landmark detector (default: fan, as in the paper)")
     add("--image-size", type=int, default=256, help="width of the crops in pixels (default: 256)")
     add("--max-frames", type=int, default=128,
-        help="the most frames of a sequence, evenly spread over it; 0 means all, which are kept in memory "
-             "until the sequence is written (default: 128)")
+        help="use at most this many frames of a sequence, evenly spaced; 0 means all, which are then kept "
+             "in memory until the sequence is written (default: 128)")
     add("--workers", type=int,
-        help="processes (default: one per core, if memory allows; 2 with fan on a GPU, which they share)")
+        help="number of processes (default: one per core if memory allows; with fan on a GPU, 2 that share "
+             "it)")
     args = parser.parse_args()
     workers = default_workers(args.landmarks) if args.workers is None else args.workers
     if workers < 1 or args.max_frames < 0:

@@ -4,7 +4,7 @@
     python evaluate.py ... --ff-checkpoint FF.pt --ablation                # more rows: the ablations of A.2
     python evaluate.py ... --recognition FILE --train-data DIR             # is the identity preserved?
     python evaluate.py ... --user-study study                              # writes study/index.html
-    python evaluate.py --toy                                               # drawn heads, which need no data
+    python evaluate.py --toy                                               # cartoon heads, which need no data
     python evaluate.py --toy --timing                                      # Table 2 instead
     python evaluate.py --data unseen --drivers DIR --shots 1               # Fig. 5 instead
 
@@ -16,9 +16,10 @@ at least a second apart. Photos, which have no times, are divided at random. No 
 
 Randomness: --seed chooses the videos and frames, and the triplets of the user study, and nothing else.
 Fine-tuning has its own generators with seed 0, the same for every video, T and method. So no row of a table
-depends on which other rows are computed. The ablations of A.2 replace a vector by normal noise from another
-such generator, with the mean and standard deviation of the elements of that vector: of e_NEW (cut off at 0,
-because E ends in a ReLU; psi' and w' follow from it), of psi' = P e_NEW, or of e_NEW in w' = w0 + e_NEW.
+depends on which other rows are computed. Each ablation of A.2 replaces one vector by normal noise with the
+same mean and standard deviation, from another generator with seed 0. The vector is e_NEW (then the noise is
+cut off at 0, as by E's ReLU, and psi' and w' follow from it), or psi' = P e_NEW, or e_NEW in w' = w0 + e_NEW
+alone. Compare these rows with "Ours-FT, as in the paper".
 
 It writes to --out: protocol.json (which videos and frames), a folder per video (a strip of frames per method,
 scores.csv, vectors.npz), scores.csv with every frame of every video, table.md and figure.png. Started again
@@ -69,8 +70,8 @@ class Setup(NamedTuple):
     ff_state: dict | None   # the checkpoint of the FF variant
     content: ContentLoss
     ablation: bool          # whether to compute the rows of A.2
-    detect: object          # a faces.Detector; None for drawn heads, in which it would find no face
-    recognise: object       # frame, landmarks (68, 2) -> vector (d,) of norm 1; None for drawn heads
+    detect: object          # a faces.Detector; None for cartoon heads, in which it would find no face
+    recognise: object       # frame, landmarks (68, 2) -> vector (d,) of norm 1; None for cartoon heads
     device: str
 
 
@@ -182,17 +183,18 @@ def parse():
     add("--checkpoint", metavar="FILE",
         help="a step-N.pt of meta_train.py (default: the bundled checkpoint; with --toy, weights/toy.pt)")
     add("--ff-checkpoint", metavar="FILE",
-        help="a checkpoint of meta_train.py --no-match, for the row Ours-FF (A.2 also needs --K 1)")
+        help="a checkpoint of meta_train.py --no-match, for the row Ours-FF; for --ablation, train it with "
+             "--K 1")
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--train-data", metavar="DIR",
-        help="the checkpoint's training data: how many frames are nearer to a person there?")
-    add("--toy", action="store_true", help="drawn heads that were in no training, instead of --data")
+        help="the checkpoint's training data; adds the share of frames that are nearer to someone in it")
+    add("--toy", action="store_true", help="cartoon heads that were not trained on, instead of --data")
     add("--shots", type=int, nargs="+", default=[1, 8, 32], metavar="T",
         help="numbers of frames to learn a person from (1 8 32)")
     add("--videos", type=int, default=50, metavar="N", help="evaluate at most N videos, drawn uniformly (50)")
     add("--holdout", type=int, default=32, metavar="N", help="hold-out frames of each video (32)")
     add("--drivers", metavar="DIR",
-        help="drive each person by the videos and saved tracks in this folder, learned from the smallest T")
+        help="drive each person, learned from the smallest T, by the videos and saved tracks in this folder")
     add("--out", metavar="DIR", help="where to write (default: runs/eval; with --drivers, runs/puppets)")
     add("--seed", type=int, default=0, help="seed of the choice of videos and frames (0)")
     add("--recognition", metavar="FILE", help="TorchScript network like ArcFace for CSIM (default: dlib's)")
@@ -208,7 +210,7 @@ def parse():
         raise UserError("--shots, --videos and --holdout must be at least 1, --seed at least 0")
     tables_only = "ff_checkpoint", "ablation", "train_data", "user_study", "inception"
     if args.drivers:
-        check_idle(args, "--drivers drives real faces, and that is all", "toy", "timing", *tables_only)
+        check_idle(args, "--drivers only drives real faces", "toy", "timing", *tables_only)
     if args.timing:
         check_idle(args, "--timing prints Table 2 and nothing else", "recognition", "out", *tables_only)
     if args.toy:
@@ -232,11 +234,11 @@ def load_checkpoints(args, device):
     if ff_state:
         ours, ff = state["config"], ff_state["config"]
         if ff.match:
-            raise UserError(f"{args.ff_checkpoint} was trained with the match loss, and --ff-checkpoint "
-                            "needs one of meta_train.py --no-match")
+            raise UserError(f"{args.ff_checkpoint} was trained with the match loss: --ff-checkpoint needs a "
+                            "checkpoint of meta_train.py --no-match")
         if (ff.image_size, ff.landmarks) != (ours.image_size, ours.landmarks):
-            raise UserError(f"{args.ff_checkpoint} has another image size or other landmarks "
-                            f"than {args.checkpoint}")
+            raise UserError(f"{args.ff_checkpoint} and {args.checkpoint} differ in image size or landmarks: "
+                            "both must be trained on the same data")
     for checkpoint in filter(None, (state, ff_state)):
         load_networks(checkpoint)       # raises UserError if it is incomplete
     return state, ff_state

@@ -44,8 +44,9 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     `psi` and `w` are the paper's psi' and w'. The paper's psi are the weights of G without P, its theta those
     of D's V.
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss; None if epochs is 0.
-    as_paper: keep the learning rates of meta-learning constant. Otherwise they fall linearly from
-    config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler".
+    as_paper: use the learning rates of meta-learning, without decay. Otherwise they fall linearly from
+    config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler". The paper does not give
+    fine-tuning's rates.  seed: of the order of the photos, and of the noise of `random`.
     others: ours, from beyond.likeness.other_poses(), or None to do without this term, as the paper does.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
@@ -68,7 +69,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
         for t in torch.randperm(len(x), generator=shuffle).to(x.device).split(BATCH):
             x_t, y_t = x[t], y[t]                       # (B, 3, S, S)
 
-            # (1) update psi and psi': eq. 9
+            # (1) update psi (weights of G) and psi' (the variable psi): eq. 9
             D.requires_grad_(False)
             with autocast(x.device), parametrize.cached():
                 x_hat = G.render(y_t, psi.expand(len(y_t), -1)).float()     # (B, 3, S, S)
@@ -125,8 +126,8 @@ def start_values(E, G, D, x, y, random, seed):
 def randomised(what, e_new, psi, w, G, D, seed):
     """Ablation of A.2: replace e_NEW ("e"), psi' ("psi") or e_NEW in w' ("w") by Gaussian noise.
 
-    The noise has the mean and the deviation of what it replaces; as e_NEW it passes a ReLU, as embeddings do.
-    e_new (N,), psi (|psi|,), w (N,) -> psi, w.
+    The noise has the mean and standard deviation of what it replaces. For "e" it also passes a ReLU, because
+    embeddings are never negative. e_new (N,), psi (|psi|,), w (N,) -> psi, w.
     """
     noise = torch.Generator(e_new.device).manual_seed(seed)
     like = lambda v: v.mean() + v.std() * torch.randn(v.shape, generator=noise, device=v.device)
@@ -141,8 +142,9 @@ def randomised(what, e_new, psi, w, G, D, seed):
 def load_photos(paths, config, detect, max_frames=32):
     """Find the face in photos and clips -> [Photo]. Raises UserError, which names all files without a face.
 
-    The first frame of the first Photo gives pose and expression, so it has open eyes if any frame has them.
-    Prints a warning for several people, small faces, shut eyes, and photos that are cut tight.
+    The first frame of the first Photo gives pose and expression: one with open eyes is chosen, if there is
+    one. Prints a warning for several people, small faces, shut eyes, and tightly cropped photos.
+    max_frames: use at most this many frames of each clip, evenly spaced.
     """
     photos, problems, recognition = [], [], tell_apart()
     for path in paths:
@@ -175,7 +177,8 @@ FINETUNING = "as_paper", "content", "vgg19", "vggface"
 
 def add_finetuning_flags(parser):
     parser.add_argument("--as-paper", action="store_true",
-                        help="fine-tune as in the paper: constant learning rates, no loss in other poses")
+                        help="fine-tune with the constant learning rates of meta-learning, and without the "
+                             "likeness loss in other poses; the content loss stays the same")
     add_content_flags(parser)
 
 
@@ -187,8 +190,8 @@ def add_content_flags(parser):
 
 
 def content_loss(args, config, faces=True):
-    """-> the ContentLoss of these flags. For faces, dlib's network is added if --vggface is not given."""
-    extra = FaceTerm() if faces and not args.vggface else None
+    """-> the ContentLoss of these flags. faces: whether it has a FaceTerm, used if --vggface is not given."""
+    extra = FaceTerm() if faces else None
     return ContentLoss(args.content or config.content, args.vgg19, args.vggface, extra)
 
 
@@ -226,8 +229,8 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
 def save_person(path, config, G, psi, source, photos):
     """Write a person file: G folded and without P, psi' (|psi|,), source (3, S, S) in [-1, 1].
 
-    It also holds the "landmarks" (m, 68, 2) of all photos and the "counts" of frames of each, because
-    beyond/adapt.py needs the person's face shape when someone else drives.
+    It also holds the "landmarks" (m, 68, 2) of all photos and the number of frames of each ("counts"),
+    because beyond/adapt.py needs the person's face shape when someone else drives.
     """
     points = [torch.from_numpy(photo.points) for photo in photos]
     save_checkpoint(path, "person", config, G=G, psi=psi, source=source,
@@ -237,7 +240,8 @@ def save_person(path, config, G, psi, source, photos):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--photos", nargs="+", required=True, metavar="FILE", help="photos and clips of one person")
+    add("--photos", nargs="+", required=True, metavar="FILE", 
+        help="photos of one person, and clips, of which up to 32 frames each are used")
     add("--out", default="person.pt", help="the person file (default: person.pt)")
     add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")
     add("--epochs", type=int, default=EPOCHS, help="passes over the photos (40)")

@@ -5,8 +5,8 @@
     python infer.py --person person.pt --driver track.npz       # a person file, driven by saved landmarks
     python infer.py --photo x.jpg --views                       # new viewpoints as in Fig. 6
 
-The result has as many frames as the driver, with its time stamps and sound. A long driver needs no more
-memory than a short one, apart from half a kilobyte for the landmarks of each frame.
+The result has as many frames as the driver, with its time stamps and sound. A long driving video needs no
+more memory than a short one, apart from half a kilobyte for the landmarks of each frame.
 """
 import os
 
@@ -33,9 +33,9 @@ from runtime.files import UserError, atomic, check_idle, check_paths, make_parse
 
 @torch.inference_mode()
 def render(G, psi, points, size, source=None, progress=True):
-    """Yield a frame for each of the landmarks (n, 68, 2): G'(y; psi, psi') of Sec. 3.3, uint8 (S, S, 3).
+    """Yield a frame uint8 (S, S, 3) for each face in points (n, 68, 2): G'(y; psi, psi') of Sec. 3.3.
 
-    source: a picture (3, S, S) in [-1, 1], with which frames are (S, 3S, 3): source, landmarks and result.
+    source: a picture (3, S, S) in [-1, 1]. If given, frames are (S, 3S, 3): source, landmarks, result.
     """
     dtype = fast_dtype(psi.device)
     G = G.to(dtype=dtype, memory_format=torch.channels_last)        # G will not be trained any more
@@ -54,13 +54,13 @@ def render(G, psi, points, size, source=None, progress=True):
 def choose_motion(track, path, picture, source, face3d):
     """-> the --motion to use if the user names none. Prints the reason if it is not "relative".
 
-    path: the driver's.  picture: uint8 (S, S, 3), the one that `source` describes.
+    path: the driver's file.  picture: uint8 (S, S, 3), the photo that `source` describes.
     """
     if len(track.pts) == 1:
         print("the driver is a single frame and has no motion, so its pose is used (--motion absolute)")
         return "absolute"
     if not is_track(path) and same_person(track, path, picture, source, face3d):
-        print("the driver shows the same person, so its pose is used as it is (--motion absolute)")
+        print("driver and photo show the same person, so the driver's pose is used (--motion absolute)")
         return "absolute"
     return "relative"
 
@@ -92,8 +92,8 @@ def warn_of_sides(track, source, motion, face3d):
     if motion == "relative":
         yaw = abs(np.degrees(np.median(fit(track.points[track.found], face3d).pose[:, 0])))
         if yaw > 25:
-            warn(f"the driver's face is turned by about {yaw:.0f} degrees most of the time, which counts "
-                 "as its neutral pose: --motion absolute uses the pose as it is")
+            warn(f"the driver's face is turned by about {yaw:.0f} degrees most of the time, and --motion "
+                 "relative takes this as its neutral pose: --motion absolute uses the pose as it is")
 
 
 def write_views(path, sheet, render_points, source, face3d):
@@ -118,7 +118,7 @@ def parse():
         "photo; paper: the driver's landmarks as they are (default: relative, or absolute if the driver is "
         "the same person)")
     add("--views", action="store_true", help="without a driver: a video of the person from yaw -40 to 40 "
-        "degrees, and the same views in one picture, NAME.views.png")
+        "degrees, and the same views in one picture, named like --out but ending in .views.png")
     add("--out", default="result.mp4", metavar="FILE", help="the video (default: result.mp4)")
     add("--checkpoint", metavar="FILE", help="a meta-learned checkpoint (default: the bundled one)")
     add("--feed-forward", action="store_true", help="do not fine-tune: faster, but less like the person")
@@ -130,7 +130,7 @@ def parse():
     if bool(args.driver) == args.views:
         raise UserError("give either --driver FILE or --views")
     if args.person:
-        check_idle(args, "--person is a finished person", "checkpoint", "feed_forward", "save_person",
+        check_idle(args, "--person is already learned", "checkpoint", "feed_forward", "save_person",
                    *FINETUNING)
     if args.feed_forward:
         check_idle(args, "--feed-forward does not fine-tune", *FINETUNING)
@@ -159,15 +159,16 @@ def main():
 def words_on_stop(args, kept):
     """A message for Ctrl-C: how to start from what was saved, or which flags would have saved something."""
     if kept:
-        return f"start the next run with {' '.join(kept)} to continue from here"
+        silent = " (an .npz has no sound)" if args.save_track else ""
+        return f"to continue from here, start the next run with {' '.join(kept)}{silent}"
     lost = [] if args.person or args.save_person else ["--save-person FILE"]
     if args.driver and not is_track(args.driver) and not args.save_track:
         lost.append("--save-track FILE")
-    return f"add {' and '.join(lost)} to keep what a run has done" if lost else ""
+    return f"next time, add {' and '.join(lost)} so that a stopped run keeps its work" if lost else ""
 
 
 def animate(args, kept):
-    """The whole command. The flags with which another run can use what was saved are appended to `kept`."""
+    """The whole command. It puts into `kept` the flags with which another run can use what was saved."""
     # read all inputs, so that a wrong one is refused before anything long begins
     device = default_device()
     if args.person:
@@ -191,7 +192,7 @@ def animate(args, kept):
         sound_from = usable_sound(args.driver) if video else None
         if args.save_track:
             save_track(args.save_track, track)
-            kept.append(f"--driver {args.save_track} (which has no sound)")
+            kept.append(f"--driver {args.save_track}")
         motion = args.motion or choose_motion(track, args.driver, picture, source, face3d)
         if motion != "paper":
             warn_of_sides(track, source, motion, face3d)

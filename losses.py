@@ -2,7 +2,7 @@
 
     L   = L_CNT + L_ADV + L_MCH      for E and G in meta-learning    (eq. 3; L_ADV is eq. 4)
     L'  = L_CNT + L_ADV              for psi, psi' in fine-tuning    (eq. 9)
-    L_DSC                            for D in both                   (eq. 6, eq. 10)
+    L_DSC                            for D in both stages            (eq. 6, eq. 10)
 
 The second half of the file has the fixed networks of L_CNT: VGG19 and VGGFace from MatConvNet's files
 (Sec. 3.4), VGG19 and SqueezeNet 1.1 from torchvision.
@@ -20,7 +20,7 @@ from runtime.files import UserError, raise_if_out_of_memory, warn
 
 FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
-BETAS = (0.0, 0.999)                            # of Adam; the paper does not name them, BigGAN uses these
+BETAS = (0.0, 0.999)                            # Adam's; the paper does not give them, BigGAN uses these
 
 # Ours, for small machines: with these weights the loss is about as large as with the VGG networks.
 SQUEEZE_WEIGHT = 0.2
@@ -43,19 +43,19 @@ def adversarial_loss(fake_score):
 
 
 def feature_matching_loss(fake_features, real_features):
-    """L_FM of eq. 4: 10 times the mean L1 of a block's output, averaged over V's blocks.
+    """L_FM of eq. 4: 10 times the mean L1 between V's outputs for x_hat and x, averaged over V's blocks.
 
-    The text alone reads as a sum over blocks; the mean is what the authors' later code does.
+    The paper's text reads as a sum over blocks; the authors' later code takes the mean.
     """
     terms = [l1(fake, real.detach()) for fake, real in zip(fake_features, real_features)]
     return FM_WEIGHT * sum(terms) / len(terms)
 
 
 def match_loss(e, w_i, weight=MATCH_WEIGHT):
-    """L_MCH of eq. 3: the L1 between each of the K embeddings e (B, K, N) and W_i (B, N), times the weight.
+    """L_MCH of eq. 3: the weight times the L1 between each of the K embeddings e (B, K, N) and W_i (B, N).
 
-    It is the mean over the N elements, not their sum, as in all L1 terms here. W_i is detached, because
-    eq. 3 is minimised over phi, psi and P alone.
+    Like every L1 here, it is a mean over elements, not a sum. W_i is detached, because eq. 3 is minimised
+    over phi, psi and P alone.
     """
     return weight * l1(e, w_i.detach()[:, None])
 
@@ -67,7 +67,7 @@ class ContentLoss(nn.Module):
                      torchvision's VGG19 is downloaded; without the second, its term is missing.
     kind "squeeze":  SqueezeNet 1.1 (a download of 5 MB) and L1 on pixels.
     kind "l1":       L1 on pixels alone.
-    extra:           ours: a module (x_hat, x) -> scalar that is added if `vggface` is not given.
+    extra:           ours: a module (x_hat, x) -> scalar whose value is added if `vggface` is not given.
     weight:          ours: the factor of the whole loss.
     Raises UserError if a file is missing or of another kind, or if a download fails.
     """
@@ -78,7 +78,7 @@ class ContentLoss(nn.Module):
             raise UserError(f"--vgg19 and --vggface belong to --content vgg, but the content loss is {kind}: "
                             "add --content vgg or leave them out")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
-        self.extra, self.weight = None if vggface else extra, weight
+        self.extra, self.add_extra, self.weight = extra, extra is not None and not vggface, weight
         if kind == "vgg":
             self.terms.append(vgg19_features(vgg19, VGG19_WEIGHT))
             if vggface:
@@ -96,7 +96,7 @@ class ContentLoss(nn.Module):
             with torch.no_grad():
                 target = term(x)                                # (B, C_k, S_k, S_k) of each layer k
             loss = loss + term.weight * sum(l1(f, t) for f, t in zip(term(x_hat), target))
-        if self.extra:
+        if self.add_extra:
             loss = loss + self.extra(x_hat, x)
         return self.weight * loss
 
@@ -104,14 +104,17 @@ class ContentLoss(nn.Module):
 # ------------------------------------------------------------------------ the fixed networks of L_CNT
 
 VGG19_LAYERS = (1, 6, 11, 20, 29)               # Sec. 3.4: relu1_1 ... relu5_1 of torchvision's `features`
-VGGFACE_LAYERS = (1, 6, 11, 18, 25)             # the same of a VGG16, which VGGFace is
+VGGFACE_LAYERS = (1, 6, 11, 18, 25)             # the same layers of VGG16, VGGFace's architecture
 SQUEEZE_LAYERS = (1, 4, 7, 9, 10, 11, 12)       # ours: the layers of LPIPS
 IMAGENET_MEAN = [255 * m for m in (0.485, 0.456, 0.406)]
 IMAGENET_STD = [255 * s for s in (0.229, 0.224, 0.225)]
 
 
 class Features(nn.Module):
-    """A fixed network that returns the activations of `layers`. Its input is (RGB levels - mean) / std."""
+    """A fixed network that returns the activations of `layers`.
+
+    forward() takes images in [-1, 1] and gives the network (RGB levels - mean) / std.
+    """
 
     def __init__(self, net, layers, mean, std, weight):
         super().__init__()
@@ -156,7 +159,7 @@ def vggface_features(path, weight):
 def matconvnet_features(path, letter, layers, weight):
     """A VGG that was trained in Caffe, as Features.
 
-    letter: torchvision's name of the architecture: E is VGG19, D is VGG16, which VGGFace is.
+    letter: torchvision's name for the architecture: E is VGG19, D is VGG16, which VGGFace uses.
     """
     from torchvision.models.vgg import cfgs, make_layers
     net = make_layers(cfgs[letter])[:max(layers) + 1]
@@ -164,8 +167,8 @@ def matconvnet_features(path, letter, layers, weight):
     convs = [m for m in net if isinstance(m, nn.Conv2d)]
     wanted = [(m.weight.shape, m.bias.shape) for m in convs]
     if [(filters.shape, bias.shape) for filters, bias in tensors[:len(convs)]] != wanted:
-        name = "VGG19" if letter == "E" else "VGG16, as VGGFace is"
-        raise UserError(f"{path} does not hold a {name}: its layers differ")
+        name = "VGG19" if letter == "E" else "VGGFace (a VGG16)"
+        raise UserError(f"{path} does not hold {name}: its layers have other shapes")
     for module, (filters, bias) in zip(convs, tensors):
         module.weight.data, module.bias.data = filters, bias
     return Features(net, layers, mean, (1.0, 1.0, 1.0), weight)
@@ -175,7 +178,8 @@ def read_matconvnet(path):
     """A MatConvNet .mat file -> ([(filters (out, in, H, W), bias (out,))] of the conv layers, mean (3,)).
 
     These networks were converted from Caffe and expect RGB levels of 0 to 255 minus the mean. The file is
-    read in a process of its own, because some damaged files crash scipy. Raises UserError on other files.
+    read in a process of its own, because some damaged files crash scipy. Raises UserError if it is not such a
+    network.
     """
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
@@ -188,7 +192,7 @@ def read_matconvnet(path):
         # layers of the classifier have, and they are not needed.
         layers = [(f.permute(3, 2, 0, 1).contiguous(), b.flatten()) for f, b in layers if f.dim() == 4]
         return layers, mean
-    except Exception as e:  # scipy raises many types on foreign or damaged files
+    except Exception as e:  # scipy raises many types of exception on foreign or damaged files
         raise_if_out_of_memory(e)
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise UserError(f"{path} is not a MatConvNet network ({reason})") from None

@@ -1,13 +1,13 @@
 """Stage 1, Sec. 3.2: meta-learning of E, G and D on a prepared folder of many people's videos.
 
     torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta   # as in the paper, on 8 GPUs
-    python meta_train.py --toy                                  # drawn heads, minutes on a CPU
-    python meta_train.py --small --data prepared                # real people, hours on a CPU
+    python meta_train.py --toy                                  # cartoon heads, under an hour on a CPU
+    python meta_train.py --small --data prepared                # real people, about a day on a CPU
     python meta_train.py ... --resume                           # continue a run that was stopped, exactly
 
 Writes to --out: step-N.pt (which finetune.py and infer.py read), step-N.rank-R.state (for --resume),
 log.csv, and samples-N.png (a row for each example: source, landmarks, target, result). The defaults are the
-paper's. Its content loss needs --vgg19 and --vggface; losses.ContentLoss tells what happens without them.
+paper's. Its content loss needs --vgg19 and --vggface; see losses.ContentLoss for what happens without them.
 """
 import copy
 import math
@@ -36,23 +36,23 @@ from runtime.files import UserError, atomic, check_idle, check_least, check_path
 from runtime.resume import (LOG_EVERY, Log, Signals, Training, any_rank, check_finite, clear, find_ranks,
                             join_ranks, open_run, restore, save_step)
 
-# A training is one of these dictionaries, changed by flags.
+# The settings of a run: one of these dictionaries, overridden by flags.
 PAPER = dict(
     out="runs/meta", save_every=1000, steps=None,
-    image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 3.2, 3.4, 4, A.4
+    image_size=256, channels=(64, 128, 256, 512), K=8, batch=48,        # Sec. 3.2, 3.4, A.4; 256 is ours
     lr=5e-5, lr_d=2e-4, content="vgg", match_weight=MATCH_WEIGHT,       # Sec. 3.4
     # Everything below is ours. These values turn it off in meta-learning:
     content_weight=1.0,     # the factor of the whole content loss
-    face_weight=0.0,        # of dlib's recognition network, which replaces VGGFace where its file is missing
+    face_weight=0.0,        # the weight of dlib's recognition network, used where VGGFace's file is missing
     vector_weight=1.0,      # in that term, the weight of the network's last output; the others have 1
     ema=0.0,                # the decay of the moving average of E and G that checkpoints hold
     augment=False,          # recolour episodes, and mirror half of them
     stills=0.0,             # the share of episodes that are made of one frame, warped K + 1 times
     psi_gain=1.0,           # psi_hat = psi_gain * P e_hat, because spectral normalisation keeps |P| at 1
     # and these are stored for finetune.py and infer.py:
-    finetune_lr=1e-4, finetune_lr_d=4e-4,       # the first learning rates of fine-tuning, but for --as-paper
+    finetune_lr=1e-4, finetune_lr_d=4e-4,       # initial learning rates of fine-tuning without --as-paper
     finetune_content=None,                      # the content loss of fine-tuning; None: the same
-    lips=1.0)                                   # the factor by which lips open farther than the driver's
+    lips=1.0)                                   # how far lips open, as a multiple of the driver's opening
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
@@ -126,7 +126,7 @@ def train_step(E, G, D, content, optimizers, row, x, y, match_weight=MATCH_WEIGH
 
 
 def set_rates(optimizers, config, left):
-    """Set the rates to this share of config's. left: the share of the run that is left, from 1 to 0."""
+    """Set the learning rates to `left` times config's. left: the share of the run still to do, 1 to 0."""
     for optimizer, rate in zip(optimizers, (config.lr, config.lr_d)):
         for group in optimizer.param_groups:
             group["lr"] = rate * left
@@ -151,10 +151,10 @@ def sample_grid(path, E, G, episodes, device, rows=8):
 
 def parse():
     parser = make_parser(__doc__)
-    add = parser.add_argument_group("the paper's").add_argument
+    add = parser.add_argument_group("the paper's (defaults without --toy and --small)").add_argument
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--out", metavar="DIR", help=f"folder of this run ({PAPER['out']})")
-    add("--epochs", type=int, help="each with as many episodes as there are videos (75; with --no-match 150)")
+    add("--epochs", type=int, help="an epoch has as many episodes as there are videos (75; --no-match: 150)")
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, help="episodes per step, over all ranks (48)")
     add("--K", type=int, help="frames per episode that the embedder sees (8)")
@@ -169,15 +169,15 @@ def parse():
     add("--no-match", action="store_true", help="the FF variant: no match loss, and no fine-tuning later")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints; two are kept (1000)")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
-    add("--seed", type=int, default=0, help="of the networks and the data (0)")
-    add = parser.add_argument_group("ours").add_argument
-    add("--toy", action="store_true", help="drawn heads and small networks: the defaults of TOY in this file")
+    add("--seed", type=int, default=0, help="seed of the networks and the data (0)")
+    add = parser.add_argument_group("additions to the paper").add_argument
+    add("--toy", action="store_true", help="cartoon heads, small networks: the defaults of TOY in this file")
     add("--small", action="store_true", help="real people, small networks: the defaults of SMALL")
     add("--content-weight", type=float, metavar="WEIGHT",
         help="the factor of the content loss; a smaller one gives D more influence (1)")
     add("--linear-decay", action="store_true", help="let both learning rates fall linearly to 0 over the run")
     add("--grow-from", metavar="FILE",
-        help="start from a step-N.pt of the same sizes, or of half the image size without the first channel")
+        help="start from a step-N.pt of the same sizes, or of half the size and without the first channel")
     add("--fix-embedder", action="store_true", help="with --grow-from: do not train E (see beyond/teach.py)")
     first, _ = parser.parse_known_args()
     if first.toy and first.small:
@@ -198,12 +198,12 @@ def check(args):
     check_paths([args.vgg19, args.vggface, args.grow_from])
     check_least(args, 0, "seed")
     if args.fix_embedder and not args.grow_from:
-        raise UserError("--fix-embedder needs --grow-from, because an untrained E should not stay as it is")
+        raise UserError("--fix-embedder needs --grow-from, because otherwise E would never be trained")
     if args.toy:
         check_idle(args, "--toy draws its own heads", "data")
     args.data = args.data or "prepared"
     if not args.toy and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise UserError(f"--out {args.out}: inside --data, checkpoints would be taken for sequences")
+        raise UserError(f"--out {args.out} is inside --data, which is for sequences only: name another")
     for name in ("epochs", "steps", "batch", "K", "save_every", "lr", "lr_d", "content_weight"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -231,7 +231,7 @@ def find_data(args, rank, world):
 
 
 def run_facts(args, videos, steps, world):
-    """What, beside its Config, identifies this run. --resume refuses to continue a run with other facts."""
+    """What, besides its Config, identifies this run. --resume refuses to continue if any of it differs."""
     names = ("seed", "batch", "K", "content", "content_weight", "match_weight", "face_weight",
              "vector_weight", "ema", "augment", "stills", "psi_gain", "fix_embedder")
     file_name = lambda path: path and Path(path).name
@@ -267,7 +267,7 @@ def main():
     if world > 1:
         join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
 
-    # networks: E and G stay the same on every rank, each trains a D of its own (step-N.pt has rank 0's)
+    # networks: E and G are the same on all ranks, but each rank trains its own D (step-N.pt has rank 0's)
     E, G, D = make_networks(config, episodes.rows, args.seed, rank, device)
     G.P.gain.fill_(args.psi_gain)
     optimizers = make_optimizers(E, G, D, config)

@@ -29,18 +29,18 @@ class Config:
     landmarks: str = "fan"                  # the landmark detector of the training data: fan | dlib
     content: str = "vgg"                    # the content loss of fine-tuning: vgg | squeeze | l1
     match: bool = True                      # False: the FF variant, trained without the match loss
-    lr: float = 5e-5                        # learning rate of E and G; fine-tuning --as-paper keeps it
+    lr: float = 5e-5                        # learning rate of E and G, and of G in fine-tuning --as-paper
     lr_d: float = 2e-4                      # learning rate of D, likewise
-    finetune_lr: float = 1e-4               # ours: the first learning rate of G in our fine-tuning ...
-    finetune_lr_d: float = 4e-4             # ... and that of D; both fall to 0
-    lips: float = 1.0                       # ours: the factor by which lips open farther than the driver's
+    finetune_lr: float = 1e-4               # ours: initial learning rate of G in fine-tuning; it falls to 0
+    finetune_lr_d: float = 4e-4             # ours: the same for D
+    lips: float = 1.0                       # ours: how far lips open, as a multiple of the driver's opening
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
         if self.image_size not in (64, 128, 256, 512):
             raise ValueError(f"image size {self.image_size}: it must be 64, 128, 256 or 512")
         if self.bottleneck not in (8, 16):
-            raise ValueError(f"{len(self.channels)} channels for {self.image_size} pixels: there must be one "
+            raise ValueError(f"channels {self.channels}: an image size of {self.image_size} needs one width "
                              "per halving, down to 8x8 or 16x16")
         if min(self.channels) < 8:
             raise ValueError(f"channels {self.channels}: each must be at least 8")
@@ -56,7 +56,7 @@ class Config:
         return self.image_size >> len(self.channels)
 
     def embedder_channels(self):
-        """Output widths of the blocks of E and V, which halve until 4x4: 64, 128, 256, 512, 512, 512."""
+        """Output widths of the blocks that halve the image to 4x4 in E and V: 64, 128, 256, 512, 512, 512."""
         widths = list(self.channels[:-1])
         while self.image_size >> len(widths) > 4:
             widths.append(min(2 * widths[-1], self.N))
@@ -71,7 +71,7 @@ def conv(c_in, c_out, size):
 
 
 class SelfAttention(nn.Module):
-    """SAGAN's self-attention [44] in BigGAN's form [6]. With gamma = 0, at first, it is the identity."""
+    """SAGAN's self-attention [44] in BigGAN's form [6]. gamma starts at 0, so it starts as the identity."""
     def __init__(self, c):
         super().__init__()
         self.query, self.key = conv(c, c // 8, 1), conv(c, c // 8, 1)
@@ -121,14 +121,15 @@ class DownBlock(nn.Module):
         h = self.conv2(F.relu(self.norm2(h), inplace=True))     # (B, C_out, H, W)
         if self.down:
             h = F.avg_pool2d(h, 2)                              # (B, C_out, H/2, W/2)
-            x = F.avg_pool2d(x, 2)  # pooling commutes with the 1x1 skip, which then costs a quarter
+            x = F.avg_pool2d(x, 2)  # pooling commutes with the 1x1 skip, which then costs a quarter as much
         return self.skip(x) + h                                 # (B, C_out, H/2, W/2), if down
 
 
 class AdaBlock(nn.Module):
-    """Residual block of G with AdaIN. up: upsample before the first convolution, as BigGAN does.
+    """Residual block of G with AdaIN. up: upsample before the first convolution.
 
-    A.4 says "in the end of the block, following [6]", but [6] is BigGAN. Shapes are those of up=True.
+    A.4 upsamples "in the end of the block, following [6]". But [6], which is BigGAN, does it before the first
+    convolution, and so do we. Shapes are those of up=True.
     """
 
     def __init__(self, c_in, c_out, up=False):
@@ -150,14 +151,14 @@ class AdaBlock(nn.Module):
 
 
 def upsample_conv(h, layer):
-    """Upsample h bilinearly by 2 and convolve it with this layer, in less than half of the time of the two.
+    """Upsample h bilinearly by 2 and convolve it, in less than half the time of one after the other.
 
     Bilinear upsampling is nearest-neighbour upsampling followed by a [1 2 1]/4 blur in both directions. The
-    blur can come after the convolution, because only the two outermost pixels differ then; and
+    blur and the convolution commute, except in the two outermost pixels, so the blur can come last. And
     nearest-neighbour upsampling followed by a convolution is one transposed convolution.
     """
     k = layer.weight    # read once, because each access runs a step of the power iteration
-    k = transposed_kernel(k) if k.shape[-1] == 3 else k         # fold() has stored the 4x4 kernel already
+    k = transposed_kernel(k) if k.shape[-1] == 3 else k         # after fold(), it is the 4x4 kernel already
     h = F.conv_transpose2d(h, k, layer.bias, stride=2, padding=1)       # (B, C_out, 2H, 2W)
     return blur(h)                                                      # (B, C_out, 2H, 2W)
 
@@ -222,7 +223,7 @@ class Embedder(nn.Module):
 class Generator(nn.Module):
     """G(y, e_hat; psi, P) of Sec. 3.1: y (B, 3, S, S), e_hat (B, N) -> x_hat (B, 3, S, S).
 
-    The paper's psi are all weights of this module but P; psi_hat is P e_hat, or psi' in fine-tuning.
+    The paper's psi are all weights of this module except P's; psi_hat is P e_hat, or psi' in fine-tuning.
     """
 
     def __init__(self, cfg):
@@ -248,18 +249,19 @@ class Generator(nn.Module):
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056
         nn.init.zeros_(self.P.bias)
-        # ours: constants, with which psi_hat can be larger than spectral normalisation allows
+        # ours: two constants. The mean centres e; the gain lets psi_hat exceed what spectral normalisation
+        # allows.
         self.P.register_buffer("mean", torch.zeros(N))          # of e over people; beyond/teach.py sets it
         self.P.register_buffer("gain", torch.ones(()))          # teach.py and meta_train.py --small set it
 
     def project(self, e):
         """psi_hat = P e_hat, the person-specific parameters (Sec. 3.1): (B, N) -> (B, |psi_hat|)."""
-        with torch.autocast(e.device.type, enabled=False):      # float32, because gamma is small beside 1
+        with torch.autocast(e.device.type, enabled=False):  # bfloat16 would lose a small gamma in 1 + gamma
             return self.P.gain * self.P(e - self.P.mean)
 
     def render(self, y, psi_hat):
         """G'(y; psi, psi') of Sec. 3.3: y (B, 3, S, S), psi_hat (B, |psi_hat|) -> (B, 3, S, S)."""
-        slices = iter(psi_hat.split(self.psi_sizes, dim=1))     # two of (B, 2C) for each block
+        slices = iter(psi_hat.split(self.psi_sizes, dim=1))     # (B, 2C): two for each block, one at the end
         h = y
         for k, block in enumerate(self.down, 1):
             h = block(h)                                        # (B, down[k], S/2^k, S/2^k)
@@ -292,7 +294,7 @@ class Discriminator(nn.Module):
     """D of eq. 5 and eq. 8, which are the same function of w: D(x, y, w) = V(x, y)^T w + b.
 
     Meta-learning calls it with w = D.rows(i) + D.w0 (eq. 5), fine-tuning with w = w' (eq. 8). theta, the
-    weights of V, are under spectral normalisation; W, w0 and w' are not, because they are no layers.
+    weights of V, are under spectral normalisation; W, w0 and w' are not, because they are not layers.
     W (num_videos, N) has a row for each training video of this rank. In the paper they are columns.
     """
 
@@ -306,9 +308,9 @@ class Discriminator(nn.Module):
         self.reset_rows()
 
     def reset_rows(self):
-        # The rows start where embeddings are, which are positive because they end in a ReLU: if W were
-        # around zero, L_MCH would pull the embeddings to where the ReLU has no gradient. The spread is
-        # small, because to L_MCH the initial differences between rows are noise.
+        # Embeddings end in a ReLU, so the rows start in their range. With a W around zero, L_MCH would pull
+        # the embeddings to 0, where the ReLU has no gradient. The range is narrow, because the initial
+        # differences between rows mean nothing, and embeddings should not learn to match them.
         nn.init.uniform_(self.W, 0.4, 0.6)
 
     def rows(self, i):

@@ -1,1 +1,1 @@
-"""Ours: adapting a driver, an identity loss, teaching E, growing, a recognition network, drawn heads."""
+"""Ours: what the paper does not have. README.md says under "The files" what each module is for."""

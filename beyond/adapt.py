@@ -36,7 +36,7 @@ class Source(NamedTuple):
 def identity(means, counts, model):
     """The posterior mean of a person's identity -> (K,).
 
-    Both identities and the deviations of a person's photos from their identity are taken to be Gaussian.
+    People's identities are taken to be Gaussian, and so are the deviations of a person's photos from theirs.
     means (m, K): z of each photo, or its mean over a clip.
     counts (m,): the number of independent photos that each of them is worth.
     """
@@ -82,7 +82,7 @@ def steady(fitted, seconds, shot, found):
         with_face = frames[found[frames]]
         for column in values.T:
             column[frames] = np.interp(seconds[frames], seconds[with_face], column[with_face])
-        # lids, and lips, are smoothed together, because both eyes close at once
+        # the lids share their weights, and so do the lips, because both eyes close at once
         for part, sigma, width in (pose, 0.12, 5), (z, 0.1, 4), (lids, 0.08, 2), (lips, 0.08, 2):
             values[frames, part] = smooth(values[frames, part], seconds[frames], sigma, width * noise[part],
                                           together=part in (lids, lips))
@@ -152,7 +152,7 @@ def limit_rotation(pose, source):
 
 
 def opening_when_awake(source, model):
-    """The openings (7,) on the photo, or 0.7 of the expected ones if larger: the photo may show a blink."""
+    """The openings (7,) on the photo, but at least 0.7 of the expected ones: the photo may show a blink."""
     expected = shape_openings(model.mean + np.tensordot(source.identity, model.basis, 1))
     return np.maximum(source.opening, 0.7 * expected)
 

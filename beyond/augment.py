@@ -1,4 +1,4 @@
-"""Ours: episodes are changed at random, because a small machine has little data. The paper does without."""
+"""Ours: episodes are changed at random, so that little data goes further. The paper does without."""
 import numpy as np
 from PIL import Image
 
@@ -9,7 +9,7 @@ from media.faces import MIRRORED
 def augment(rng, frames, points, still):
     """Frames uint8 (k, S, S, 3) of an episode and their landmarks (k, 68, 2) -> the same, changed.
 
-    still: the frames are one photo, k times, which is made a short video.
+    still: all k frames are the same photo, which is turned into a short video.
     """
     if still:
         frames, points = warp(rng, frames, points)

@@ -85,7 +85,10 @@ def project(pose, shape):
 
 
 def down(pose):
-    """The picture of a vector of one eye distance that points down in the head's axes: (n, 6) -> (n, 2)."""
+    """The projection of a vector that is one eye distance long and points down in the head's axes.
+
+    pose (n, 6) -> (n, 2).
+    """
     return rotation(pose)[:, :, 1] * np.exp(pose[:, 3:4])
 
 
@@ -106,7 +109,7 @@ def shape_openings(shape):
 def fit(points, model, rounds=3):
     """Fit the model to landmarks (n, 68, 2) in pixels -> Fit.
 
-    Pose and z are found by turns. After 3 rounds z is within 0.001 of its limit.
+    Pose and z are found alternately. After 3 rounds z is within 0.001 of its limit.
     """
     fits = []
     for rows in chunks(len(points)):
@@ -159,7 +162,10 @@ def residuals(points, pose, shape):
 # ------------------------------------------------------------------------------------ learning the model
 
 def learn(people, directions=16, rounds=(24, 6), say=lambda message: None):
-    """Landmarks (n_i, 68, 2) of each person i -> Face3D. The shapes are learned from mirrored copies too."""
+    """Landmarks (n_i, 68, 2) of each person i -> Face3D. The shapes are learned from mirrored copies too.
+
+    directions, rounds: as in learn_shapes().  say: is called with a line about each round.
+    """
     points = np.concatenate(people)
     points = points - points.mean(1, keepdims=True)
     points = points / (points ** 2).mean((1, 2), keepdims=True) ** 0.5
@@ -171,7 +177,7 @@ def learn(people, directions=16, rounds=(24, 6), say=lambda message: None):
 
 
 def learn_shapes(points, directions, rounds, say):
-    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face3D, no covariances.
+    """Non-rigid structure from motion by alternating least squares: (n, 68, 2) -> Face3D without covariances.
 
     rounds: the number of rounds that learn the mean alone, and of those at the end with all basis shapes.
     In between, each round adds two basis shapes ("directions").
@@ -243,7 +249,7 @@ def covariances(z):
 
 
 def load_face3d(path=FACE):
-    """Read a file that this module's command wrote -> Face3D. UserError if it is something else."""
+    """Read a file that this module's command wrote -> Face3D. Raises UserError if it is something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             model = Face3D(*(file[name].astype(np.float64) for name in Face3D._fields))
@@ -253,13 +259,14 @@ def load_face3d(path=FACE):
         return model
     except Exception as e:  # numpy and zipfile raise many types on foreign or damaged files
         raise_if_out_of_memory(e)
-        raise UserError(f"{path} is not a 3-D face model of beyond.face3d ({e})") from None
+        raise UserError(f"{path} is not a 3-D face model ({e}): restore weights/face3d.npz, or make it "
+                        "with python -m beyond.face3d") from None
 
 
 # --------------------------------------------------------------------------------------------- command
 
 def read_people(folder, most=32):
-    """-> [(n_i, 68, 2)]: at most `most` evenly spaced landmarks of each sequence in a prepared folder."""
+    """-> [(n_i, 68, 2)]: landmarks of at most `most` evenly spaced frames of each sequence in a folder."""
     videos, people = PreparedVideos(folder), []
     for i in range(len(videos)):
         try:
@@ -276,7 +283,8 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
-    add("--out", default=FACE, metavar="FILE", help="(default: the bundled weights/face3d.npz)")
+    add("--out", default=FACE, metavar="FILE", 
+        help="where to write the model (default: weights/face3d.npz, which replaces the bundled one)")
     args = parser.parse_args()
     check_paths([], [args.out])
     people = read_people(args.data)

@@ -1,10 +1,10 @@
 """Start a training from a checkpoint of the same size, or of half the size.
 
-The blocks of a 256-pixel network with channels (16, 16, 32, 64, 256) are those of a 128-pixel one with
-(16, 32, 64, 256), and one more outside; likewise for any size and any first width. So `meta_train.py
---grow-from step-N.pt` copies what the two have in common. It arranges the new blocks so that the first
-pictures are nearly the old ones, enlarged: the new first block of E, V and G's encoder passes on the halved
-picture, and the new last block of G passes on what it gets.
+A 256-pixel network with channels (16, 16, 32, 64, 256) has the blocks of a 128-pixel one with
+(16, 32, 64, 256), and one more next to the picture. The same holds for any size and first width. So
+`meta_train.py --grow-from step-N.pt` copies what the two have in common. It arranges the new blocks so that
+the first pictures are nearly the old ones, enlarged: the new first block of E, V and G's encoder passes on
+the halved picture, and the new last block of G passes on what it gets.
 """
 import re
 
@@ -15,14 +15,14 @@ from data import to_float, to_tensors
 from runtime.checkpoint import load_checkpoint
 from runtime.files import UserError
 
-QUIET = 0.1     # of the new last block of G: what is left of its main path at first
+QUIET = 0.1     # the factor by which the main path of G's new last block is turned down at first
 
 
 @torch.no_grad()
 def grow(E, G, D, path, config, episodes):
-    """Fill E, G, V, w0 and b from a checkpoint of the same size or of half; W from E itself.
+    """Fill E, G, V, w0 and b from a checkpoint of the same or of half the size, and W from E's embeddings.
 
-    config, episodes: of the new run, the latter this rank's. UserError where sizes or widths do not fit.
+    config: of the new run.  episodes: this rank's. Raises UserError if sizes or channels do not fit.
     """
     state = load_checkpoint(path)
     was = state["config"]
@@ -30,9 +30,9 @@ def grow(E, G, D, path, config, episodes):
     half = (2 * was.image_size, was.channels) == (config.image_size, config.channels[1:])
     if not same and not half:
         channels = lambda c: " ".join(map(str, c.channels))
-        raise UserError(f"--grow-from {path}: it has {was.image_size} pixels and channels {channels(was)}, "
-                        f"and this run {config.image_size} and {channels(config)}. The same is needed, or "
-                        "here twice the pixels and one more channel in front")
+        raise UserError(f"--grow-from {path} has {was.image_size} pixels and channels {channels(was)}, this "
+                        f"run {config.image_size} and {channels(config)}: use the same, or twice the pixels "
+                        "and one more channel in front")
 
     # the old tensors, under their new names: blocks are numbered from the outside
     renumbered = lambda m: f"{m[1]}.{int(m[2]) + half}."
@@ -49,7 +49,7 @@ def grow(E, G, D, path, config, episodes):
     # what fits is copied
     copied = 0
     for prefix, net in (("E.", E), ("G.", G), ("V.", D.V)):
-        for key, new in net.state_dict(prefix=prefix).items():  # the parameters themselves
+        for key, new in net.state_dict(prefix=prefix).items():  # not copies: writing changes the net
             if key in old and old[key].shape == new.shape:
                 new.copy_(old[key])
                 copied += new.numel()
@@ -66,7 +66,7 @@ def grow(E, G, D, path, config, episodes):
 
 
 def old_rows_of_psi(G, c):
-    """Where the numbers of the smaller G's psi_hat are in that of G: their indices, (|psi_hat| of the old,).
+    """For each number of the smaller G's psi_hat, its index in the psi_hat of G: (|psi_hat| of the smaller,).
 
     c: channels of the smaller one's last block. What its final AdaIN had goes to the first c channels of
     the new final AdaIN, or, where that has fewer, to the AdaIN that now follows the same block.
@@ -95,10 +95,10 @@ def pass_on(G, old, c):
 
 
 def see_through(blocks, old, name, c):
-    """Let the second block see what it saw as the first: c channels before it are the halved input, plus 1.
+    """Let the second block see what it saw when it was the first: c channels have the halved input, plus 1.
 
     That is 0 or more, so that the ReLU which the second block now begins with lets all of it through.
-    The other channels are fresh, and read by nobody yet. old[name + ...]: the second block as it was.
+    The other channels are random, and nothing reads them yet. old[name + ...]: the second block as it was.
     """
     outer, inner = blocks[0], blocks[1]
 
@@ -119,7 +119,7 @@ def see_through(blocks, old, name, c):
         conv.bias.copy_(old[f"{key}bias"] - normalised.sum((1, 2, 3)))
     restart(outer.conv2, outer.skip, inner.conv1, inner.skip)
     if not isinstance(inner.norm1, nn.Identity):
-        # landmarks are lines on black: -1 + 0.04 on average, with a deviation of 0.25
+        # undo the normalisation: drawn landmarks plus 1 have a mean of 0.04 and a deviation of 0.25
         inner.norm1.weight[:c] = 0.25
         inner.norm1.bias[:c] = 0.04
 
@@ -130,13 +130,13 @@ def raw(conv):
 
 
 def restart(*convs):
-    """The power iteration of these convolutions' spectral normalisation begins anew."""
+    """Restart the power iteration of these convolutions' spectral normalisation."""
     for conv in convs:
         conv.parametrizations.weight[0]._power_method(raw(conv).flatten(1), 30)
 
 
 def embed_rows(E, D, episodes):
-    """W_i = the mean of E on two frames of video i: E is not fresh, and L_MCH wants them to agree."""
+    """Set W_i to the mean of E on two frames of video i: E is trained already, and L_MCH compares them."""
     E.eval()
     for row in range(episodes.rows):
         video = episodes.video(row)

@@ -53,5 +53,5 @@ class OtherPoses:
 
 
 def other_poses(x, points, content):
-    """-> OtherPoses, or None if the content loss does not include dlib's network, which it needs."""
+    """-> OtherPoses, or None if the content loss has no FaceTerm, whose network this uses."""
     return OtherPoses(x, points, content.extra.net) if content and content.extra else None

@@ -8,9 +8,9 @@ from media.recognition import STRANGERS, dlib_recognition
 from runtime.files import warn
 
 SMALL_FACE = 60         # the width of a face in pixels below which the result is blurred
-GREY = 4                # of 255 levels between a photo's channels; colour photos of LFW have 14 or more
+GREY = 4                # photos whose channels differ by fewer of 255 levels are grey; LFW's differ by 14
 LUMINANCE = (0.299, 0.587, 0.114)       # the weights of red, green and blue
-SHUT = 0.145            # eye_opening() of 1.8 % of LFW's photos is lower: nearly all are shut or squinting
+SHUT = 0.145            # a smaller eye_opening(), as in 1.8 % of LFW's photos, counts as shut eyes
 
 
 def eye_opening(points):
@@ -33,10 +33,11 @@ def warn_of_quality(path, shots):
     """Warn if the photo or clip will not make a good result. shots: what faces_in(path) yields."""
     made_up, width = (np.median([getattr(shot, name) for shot in shots]) for name in ("made_up", "width"))
     if made_up > MADE_UP:
-        warn(f"{path} is cut tight: {made_up:.0%} of what is learned had to be made up; a photo with more "
-             "space around the head looks better")
+        warn(f"{path} is cut tight: {made_up:.0%} of the crop lies outside the picture and had to be made "
+             "up; a photo with more space around the head looks better")
     if width < SMALL_FACE:
-        warn(f"the face in {path} is only {width:.0f} pixels wide, so the result will be blurred")
+        warn(f"the face in {path} is only {width:.0f} pixels wide, so the result will be blurred: a "
+             "larger photo looks better")
     if np.median(eye_opening(np.stack([shot.points for shot in shots]))) < SHUT:
         warn(f"the eyes in {path} are shut, or nearly so; a photo with open eyes looks better")
 
@@ -48,7 +49,8 @@ def warn_of_several_people(paths, photos):
     strangers = [path for path, v in zip(paths[1:], others) if v @ first < STRANGERS]
     if strangers:
         names = ", ".join(map(str, strangers))
-        warn(f"{names} may show somebody else than {paths[0]}, but all are learned as one person")
+        warn(f"{names} may not show the same person as {paths[0]}, but all are learned as one: leave out "
+             "photos of others")
 
 
 def are_grey(photos):

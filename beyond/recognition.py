@@ -1,11 +1,11 @@
-"""Ours: a term of the content loss by dlib's face recognition network, where VGGFace's file cannot be had."""
+"""Ours: a term of the content loss with dlib's recognition network, where VGGFace's file cannot be had."""
 import torch
 from torch import nn
 
 from losses import l1
 from media.recognition import FaceFeatures
 
-FACE_WEIGHT = 10.0      # of FaceTerm in fine-tuning
+FACE_WEIGHT = 10.0      # of FaceTerm in fine-tuning and in beyond/teach.py
 
 
 class FaceTerm(nn.Module):

@@ -35,7 +35,7 @@ LR_E, LR_P = 1e-3, 5e-4
 VECTOR_WEIGHT = 6.0             # in (3), of the recognition network's vector; each earlier layer has weight 1
 BATCH = 32                      # frames in (1); (3) has a quarter as many episodes, each of 3 frames
 STILLS = 0.3                    # the share of episodes that are made of one frame, as in meta_train.SMALL
-FIT_BATCHES = 200               # the batches of embeddings to which (2) fits P
+FIT_BATCHES = 200               # the number of batches whose embeddings (2) fits P to
 
 
 class Projection(nn.Linear):
@@ -53,7 +53,7 @@ class Projection(nn.Linear):
 
 
 def teach_embedder(E, N, teacher, episodes, steps, device):
-    """(1) Train E to predict the teacher's vector of a frame, by a linear map of e that is not kept.
+    """(1) Train E to predict the teacher's vector of a frame, through a linear map of e that is not kept.
 
     Returns R^2, the share of the variance of these vectors that is predicted, over the last hundred steps.
     """
@@ -156,7 +156,7 @@ def parse():
         help=f"training steps of E, each of {BATCH} frames (9000)")
     add("--steps-P", type=int, default=1000, metavar="N",
         help=f"training steps of P, each of {BATCH // 4} episodes (1000)")
-    add("--seed", type=int, default=0, help="seed of the data; choose another to go on from a result (0)")
+    add("--seed", type=int, default=0, help="seed of the data; use another one to teach a result again (0)")
     args = parser.parse_args()
     check_paths([args.checkpoint], [args.out])
     check_least(args, 1, "steps_E", "steps_P")

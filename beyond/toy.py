@@ -1,10 +1,10 @@
-"""Ours: drawn heads with known landmarks, for training without data (`meta_train.py --toy`) and for tests."""
+"""Ours: cartoon heads with known landmarks, for training without data (`meta_train.py --toy`) and tests."""
 import numpy as np
 from PIL import Image, ImageDraw
 
 
 class ToyHeads:
-    """Videos of drawn heads, which need no files, no detector and no download.
+    """Videos of cartoon heads, which need no files, no detector and no download.
 
     The interface is that of data.PreparedVideos. There are `heads` videos, each of one head and with 64
     frames of image_size x image_size pixels. Video i shows head number first + i. Each head has its own face
@@ -48,6 +48,7 @@ class Head:
         low = (.85, 1.0, .13, .38, .05, -.2, .0)
         high = (1.1, 1.3, .19, .46, .1, .25, 1.6)
         lengths = random.uniform(low, high)
+        # gap: from the middle to an eye; fringe: where the hair begins; long: the length of the hair
         self.width, self.chin, self.eye, self.gap, self.lip, self.fringe, self.long = lengths
         self.skin = np.array((255, 214, 180)) * random.uniform(.35, 1) * random.uniform(.92, 1.08, 3)
         self.hair = random.uniform(15, 200, 3)

@@ -59,7 +59,8 @@ def movements(frames, points, driver, detect, model):
 
     points (n, 68, 2): the landmarks that the frames were generated from, in their pixels.
     driver (n, 68, 2): the driver's own landmarks.  model: a Face3D.
-    "found" is the share of frames in which a face is detected. The others are measured in these frames:
+    "found" is the share of frames in which a face is detected. If it is 0, it is the only number. The others
+    are measured in these frames:
     "landmark_error" in per cent of the eye distance; "mouth_r", "yaw_r" and "roll_r", the correlations with
     the driver; "mouth_ratio", the standard deviation of the mouth's opening over that of the driver's. The
     last four are NaN if the driver does not move.
@@ -86,12 +87,15 @@ def correlation(a, b):
 
 
 def crossed(points, model):
-    """The share of landmarks (n, 68, 2) in which the upper lip lies below the lower one somewhere."""
+    """The share of n frames, given their landmarks (n, 68, 2), in which the lips cross somewhere."""
     return float((fit(points, model).opening[:, LIPS] < 0).any(axis=1).mean())
 
 
 def change(frames):
-    """The mean absolute change from frame to frame, in grey levels: uint8 (n, S, S, 3). NaN if n = 1."""
+    """The mean absolute change of a channel (0 to 255) from frame to frame: uint8 (n, S, S, 3).
+
+    It is NaN if n = 1.
+    """
     if len(frames) < 2:
         return np.nan
     return float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean())
@@ -104,10 +108,11 @@ ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37)
 
 
 def torchscript_recognition(path, device):
-    """A TorchScript network like ArcFace -> vector(frame uint8 (S, S, 3), landmarks (68, 2)): (d,) of norm 1.
+    """-> vector(frame uint8 (S, S, 3), landmarks (68, 2)), which returns (d,) of norm 1, from a network like
+    ArcFace, stored as TorchScript.
 
-    The network takes an aligned RGB face (1, 3, 112, 112) in [-1, 1] and returns (1, d). UserError if the
-    file holds anything else.
+    The network takes an aligned RGB face (1, 3, 112, 112) in [-1, 1] and returns (1, d). Raises UserError if
+    the file holds anything else.
     """
     from skimage.transform import estimate_transform, warp
     try:
@@ -120,7 +125,7 @@ def torchscript_recognition(path, device):
         raise_if_out_of_memory(e)
         kind = type(e).__name__
         raise UserError(f"{path} is not a TorchScript network that turns (1, 3, 112, 112) into (1, d) "
-                        f"({kind})") from None
+                        f"({kind}): export one with torch.jit.trace") from None
 
     def vector(frame, points):
         align = estimate_transform("similarity", five_points(points), np.array(ARCFACE_POINTS))
@@ -164,7 +169,7 @@ def rank(vectors, people, k):
 
 
 def puppet_identity(vectors, photo, others, driver, people, k):
-    """Whom the generated frames of a puppet show, by their recognition vectors (n, d) -> a dict of numbers.
+    """Whom the generated frames of a driven person show, by recognition vectors (n, d) -> {name: number}.
 
     photo (d,): the vector of the person's photo that was driven.
     others (h, d): of other photos of the same person.
@@ -203,16 +208,17 @@ def frechet(real, fake):
 def inception(path, device):
     """FID's network from torch-fidelity, as a function of uint8 (B, 3, H, W) that returns (B, 2048).
 
-    UserError if the file holds other weights.
+    Raises UserError if the file holds other weights.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
     try:
-        torch.load(path, map_location="cpu", weights_only=True)     # the library would run code in a pickle
+        torch.load(path, map_location="cpu", weights_only=True)     # torch-fidelity would run a pickle's code
         net = Extractor("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
         raise_if_out_of_memory(e)
         kind = type(e).__name__
-        raise UserError(f"{path} does not hold the weights of the FID's Inception network ({kind})") from None
+        raise UserError(f"{path} does not hold the weights of the FID's Inception network ({kind}): get them "
+                        "from torch-fidelity's releases") from None
     return lambda images: net(images.to(device))[0].cpu()
 
 

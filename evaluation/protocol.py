@@ -6,6 +6,7 @@ import numpy as np
 
 from beyond.toy import ToyHeads
 from data import PreparedVideos
+from media.folders import first_names
 from runtime.files import UserError, warn
 
 GAP = 1.0   # seconds, at least, between the frames that are learned from and those that are held out
@@ -39,7 +40,7 @@ def person_of(name):
 def frame_times(data, i):
     """The times of the frames of sequence i in seconds (n,), as if its clips followed each other directly.
 
-    All are 0 for photos and for drawn heads.
+    All are 0 for photos and for cartoon heads.
     """
     if not isinstance(data, PreparedVideos):
         return np.zeros(data.count(i))
@@ -49,7 +50,7 @@ def frame_times(data, i):
 
 
 def split_in_time(seconds, learn, holdout):
-    """Split a video's frames at times `seconds` (n,) into those before and those after a gap of GAP seconds.
+    """Split a video's frames, at times `seconds` (n,), into those before and after a gap of GAP seconds.
 
     Returns the numbers of both. The two parts are as equal in size as they can be if the first needs `learn`
     frames and the second `holdout`. Both are empty if the video is too short for that.
@@ -65,10 +66,11 @@ def split_in_time(seconds, learn, holdout):
 
 
 def draw_protocol(data, shots, holdout, count, seed):
-    """Draw `count` videos and their frames uniformly -> {name: {"learn": [frame numbers], "holdout": [...]}}.
+    """Draw at most `count` videos, and frames of each, uniformly.
 
+    Returns {name: {"learn": [frame numbers], "holdout": [frame numbers]}}.
     "learn" has as many frames as the largest T in `shots`. A smaller T uses the first T of them.
-    UserError if no video has enough frames.
+    Raises UserError if no video has enough frames.
     """
     rng, need = np.random.default_rng(seed), max(shots)
     protocol, too_short = {}, []
@@ -89,8 +91,8 @@ def draw_protocol(data, shots, holdout, count, seed):
             held_out = sorted(held_out[:holdout].tolist())
             protocol[name] = {"learn": learn[:need].tolist(), "holdout": held_out}
     if too_short:
-        warn(f"left out, because {need} frames to learn from and {holdout} to hold out are needed, and in a "
-             f"video they must be a second apart: {', '.join(sorted(too_short))}")
+        warn(f"left out {first_names(sorted(too_short))}: {need} frames to learn from are needed and, in a "
+             f"video at least a second later, {holdout} to hold out")
     if not protocol:
         raise UserError(f"no video has {need} frames to learn from and {holdout} to hold out: ask for fewer "
                         "with --shots or --holdout")

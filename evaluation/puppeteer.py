@@ -5,8 +5,8 @@ driver with every motion of adapt.py. The results answer two questions: do they 
 they follow the driver's movements? Drivers are ranked as in the paper, by the CSIM "between the original
 image and the generated one".
 
-It writes to --out: a folder per person, with a strip of frames per driver and motion, and with puppets.csv,
-which is written last and marks the person as finished. For all people together it writes puppets.csv,
+It writes to --out: a folder per video, with a strip of frames per driver and motion, and with puppets.csv,
+which is written last and marks the video as finished. For all videos together it writes puppets.csv,
 puppets.md and puppets.png.
 """
 from pathlib import Path
@@ -59,7 +59,7 @@ class Driver(NamedTuple):
 # -------------------------------------------------------------------------------------- who drives whom
 
 def find_drivers(folder):
-    """-> the paths of the videos and saved tracks in a folder. UserError if there are none."""
+    """-> the paths of the videos and saved tracks in a folder. Raises UserError if there are none."""
     files = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
     files = [path for path in files if path.suffix.lower() in CLIPS | {".npz"}]
     drivers = [str(path) for path in files if path.is_file() and not is_system(path.name)]
@@ -101,7 +101,8 @@ def open_people(data, chosen, recognise):
 def anchors(people):
     """The mean CSIM of strangers and of the same person, between photos and hold-out frames.
 
-    people: {video: Person}. The first is NaN if all videos show one person.
+    They are 0 and 100 on the scale of the identity score. The first is NaN if all videos show one person.
+    people: {video: Person}.
     """
     strangers, same = [], []
     for a in people.values():
@@ -171,7 +172,7 @@ def puppeteer(out, data, chosen, drivers, setup, learn, judge, trained_on):
     names = {video: person.name for video, person in people.items()}
     everyone = mean_people({video: person.others for video, person in people.items()}, names)   # {name: (d,)}
     rows = []
-    for video, person in tqdm(people.items(), "puppeteering", unit=" people"):
+    for video, person in tqdm(people.items(), "puppeteering", unit=" videos"):
         if not (out / video / "puppets.csv").exists():
             others = other_drivers(drivers, video, person, strangers, same)
             drive(out / video, video, person, others, everyone, setup, learn)
@@ -202,7 +203,7 @@ def table(rows, people, judge, trained_on, strangers, same):
     """A markdown table with a line for each motion.
 
     rows: the rows of puppets.csv, as numbers.  people: the number of people.
-    judge, trained_on: as in report.table().  strangers, same: of anchors().
+    judge, trained_on: as in report.table().  strangers, same: from anchors().
     """
     paper = {(row["video"], row["driver"]): row["csim"] for row in rows if row["motion"] == "paper"}
     lines = []
@@ -227,10 +228,10 @@ def table(rows, people, judge, trained_on, strangers, same):
     return markdown(lines)
 
 
-def caption(people, drivers, judge, strangers, same):
-    """The explanation below the table. people, drivers: how many.  The others: as in table()."""
+def caption(videos, drivers, judge, strangers, same):
+    """The explanation below the table. videos, drivers: how many.  The others: as in table()."""
     return (
-        f"Means over {people} people ± standard error, each driven by up to {drivers} others. CSIM is "
+        f"Means over {videos} videos ± standard error, each driven by up to {drivers} others. CSIM is "
         f"computed with {judge}, against other photos of the person. Between real photos it is "
         f"{number([strangers], 3)} for strangers and {number([same], 3)} for the same person, which are 0 "
         "and 100 on the scale of the identity score. Nearer to the driver: the share of frames that are "
@@ -238,14 +239,17 @@ def caption(people, drivers, judge, strangers, same):
         "driver whose CSIM is higher than with --motion paper. Nearest: the share of frames that are nearest "
         "to the person. Mouth r, yaw r, roll r: correlations with the driver. Mouth amplitude: the standard "
         "deviation of the mouth's opening, divided by the driver's. Landmarks: their error in % of the "
-        "distance between the outer eye corners. Frame changes: the mean change from frame to frame, divided "
+        "distance between the outer eye corners. CSIM to the photo and to the driver: with the photo that is "
+        "driven, and with the driver's frames. Crossed lips: the share of frames in which the upper lip lies "
+        "below the lower one. Frame changes: the mean change from frame to frame, divided "
         "by the driver's.")
 
 
 def ranking(rows, best):
-    """A markdown table of the drivers, the best first: mean CSIM to the photo, number of people served best.
+    """A markdown table of the drivers, the best first.
 
-    rows, best: as in table(), and of best_drivers().
+    It has their mean CSIM to the photo by motion, and for how many videos each is the best.
+    rows: as in table().  best: from best_drivers().
     """
     csim = lambda driver, motion: np.mean([row["csim_photo"] for row in rows
                                            if (row["driver"], row["motion"]) == (driver, motion)])
@@ -254,8 +258,8 @@ def ranking(rows, best):
     for driver in drivers:
         csims = {motion: f"{csim(driver, motion):.3f}" for motion in MOTIONS}
         count = list(best.values()).count(driver)
-        lines.append({"CSIM to the photo": driver, **csims, "best for": f"{count} of {len(best)}"})
-    return markdown(lines)
+        lines.append({"driver": driver, **csims, "best for": f"{count} of {len(best)}"})
+    return "CSIM to the photo, by driver and motion:\n\n" + markdown(lines)
 
 
 def sheet(out, people, best, drivers, limit=6):

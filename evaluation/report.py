@@ -66,7 +66,7 @@ def read_vectors(path):
 # ------------------------------------------------------------------ identity, and Fréchet distances
 
 def add_identity(rows, vectors, people, training=None):
-    """Add to the row of every frame whom it shows: the columns csim, csim_stranger, rank and nearer_training.
+    """Add the columns that say whom a frame shows: csim, csim_stranger, rank and nearer_training.
 
     rows, vectors: {video: the contents of its scores.csv, and of its vectors.npz}.
     people: {video: the person it shows}.
@@ -136,13 +136,13 @@ def mean(rows, column):
 
 
 def number(mean_and_error, digits):
-    """Print the result of mean(), or a list of one number: "0.300 ± 0.100", "0.300", or "n/a" for NaN."""
+    """Format the result of mean(), or a list of one number: "0.300 ± 0.100", "0.300", or "n/a" for NaN."""
     texts = [f"{v:.{digits}f}" for v in mean_and_error if np.isfinite(v)]
     return " ± ".join(texts) or "n/a"
 
 
 def per_cent(values):
-    """Print the mean of values from 0 to 1, leaving out NaN: "54 %", or "n/a" if there are none."""
+    """Format the mean of values from 0 to 1, leaving out NaN: "54 %", or "n/a" if there are none."""
     values = [v for v in np.atleast_1d(values) if np.isfinite(v)]
     return f"{100 * np.mean(values):.0f} %" if values else "n/a"
 
@@ -169,7 +169,7 @@ def markdown(rows):
 def table(rows, distances, judge, held_out, trained_on=False):
     """Table 1 in markdown, and the mean CSIM of strangers and of the same person, both of real frames.
 
-    rows: the rows of every scores.csv, as numbers.  distances: of frechet_distances().
+    rows: the rows of every scores.csv, as numbers.  distances: from frechet_distances().
     judge: the name of the recognition network that CSIM is computed with.
     trained_on: whether that network was part of a loss, so that CSIM flatters.
     held_out: the number of held-out people.
@@ -216,13 +216,14 @@ def caption(judge, strangers, same, videos, holdout, trained_on=False, training=
         return text
     network = "dlib's face recognition network" if judge == "dlib" else judge
     sentences = [
-        f"CSIM is computed with {network}. Between real frames it is {strangers:.3f} for strangers and "
-        f"{same:.3f} for the same person, which are 0 and 100 on the scale of the identity score.",
-        "The network was part of a loss, so CSIM flatters: name another with --recognition." * trained_on,
+        f"CSIM is computed with {network}. Between real frames it is {number([strangers], 3)} for strangers "
+        f"and {same:.3f} for the same person, which are 0 and 100 on the scale of the identity score.",
+        "The network was part of a loss, so CSIM is too favourable: name another with --recognition."
+        * trained_on,
         "Nearest: the share of frames that are nearer to the mean of the person's hold-out frames than to "
         "that of any other person.",
-        "Nearer to training: the share that are nearer to someone in the training data than to the former."
-        * training,
+        "Nearer to training: the share that are nearer to someone in the training data than to the mean of "
+        "the person's hold-out frames." * training,
         "Fréchet: the distance between the network's vectors of all generated and all real frames. It is not "
         "the FID, and only comparable for the same number of frames.",
         "Landmarks: their error in % of the distance between the outer eye corners."]

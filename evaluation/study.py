@@ -12,10 +12,10 @@ from runtime.files import UserError, atomic
 
 
 def user_study(folder, out, people, shots, seed):
-    """Write folder/index.html: triplets of two real frames and a fake one of the same person, to be clicked.
+    """Write folder/index.html: triplets of two real frames of a person and a fake one, which viewers click.
 
     The frames are those of the strips in `out`, for each T in `shots`. They are from three different videos
-    where the person has more than two, as in the paper. UserError if there are too few frames.
+    where the person has more than two, as in the paper. Raises UserError if there are too few frames.
     people: {video: the person it shows}.
     """
     rng, triplets = np.random.default_rng(seed), []

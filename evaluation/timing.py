@@ -30,7 +30,7 @@ def median_seconds(function, repeats):
 
 
 def timing(state, content, frames, points, shots, device, finetune, epochs):
-    """Table 2 in markdown: the seconds that few-shot learning takes for each T in `shots`, and a frame.
+    """Table 2 in markdown: the seconds that learning takes for each T in `shots`, and those of a frame.
 
     state: a loaded checkpoint.  content: a ContentLoss.
     frames uint8 (n, S, S, 3), points (n, 68, 2): of a person. They are repeated if T is larger than n.

@@ -10,14 +10,15 @@ import numpy as np
 
 from media.streams import Damage, decoded, open_media, packets
 
-SILENCE = 0.001     # a stream is silent if its samples differ by no more than this share of full scale
+SILENCE = 0.001     # a stream is silent if samples within a frame differ by no more of full scale
 OTHERS = 0.7        # the factor by which channels that are neither left nor right are mixed into both
 
 
 def main_audio(path):
     """The index of the audio stream that a player would play, or None if there is none.
 
-    A silent stream is not used if there are others, because recorders write one for each source, used or not.
+    A silent stream is passed over if another can be heard, because screen recorders write a stream for every
+    source of sound, even for unused ones.
     """
     with open_media(path) as container:
         indices = [stream.index for stream in sorted(container.streams.audio, key=merit, reverse=True)]
@@ -27,7 +28,7 @@ def main_audio(path):
 
 
 def merit(stream):
-    """A key for sorting: best is a stream that is marked as default and is no commentary or the like."""
+    """A key for sorting, best last: can be decoded, is marked as default, is not for a special audience."""
     from av.stream import Disposition
     for_some = (Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired
                 | Disposition.visual_impaired | Disposition.karaoke)
@@ -57,9 +58,9 @@ def is_heard(path, index):
 def audio_frames(container, stream):
     """Yield the av.AudioFrames of a stream.
 
-    PyAV must not decode PCM in a MOV file. If FFmpeg has no name for the order of the channels, as for most
-    6.1 and 7.1 sound, PyAV 18.1 frees the channel layout twice, and the process dies when a frame, the layout
-    or the number of channels is accessed. The packets, however, are plain samples.
+    PCM in a MOV file is read from the packets, because PyAV must not decode it: if FFmpeg has no name for the
+    order of the channels, as for most 6.1 and 7.1 sound, PyAV 18.1 frees the channel layout twice, and the
+    process dies when a frame, the layout or the number of channels is accessed.
     """
     if stream.codec_context.name.startswith("pcm_") and "mov" in container.format.name.split(","):
         yield from pcm_frames(container, stream)
@@ -68,7 +69,10 @@ def audio_frames(container, stream):
 
 
 def pcm_frames(container, stream):
-    """Yield the av.AudioFrames of a PCM stream in mono or stereo. Raises ValueError if that is impossible."""
+    """Yield a PCM stream as av.AudioFrames, mixed down to mono or stereo.
+
+    Raises ValueError if that is impossible.
+    """
     import av
     name, channels = stream.codec_context.name, None
     plain = re.fullmatch(r"pcm_([suf])(8|16|24|32|64)(le|be|)", name)
@@ -84,7 +88,7 @@ def pcm_frames(container, stream):
         elif channels <= 2:
             yield from stream.decode(packet)
         else:
-            raise ValueError(f"{channels} channels of {name}")
+            raise ValueError(f"{channels} channels of {name} cannot be decoded")
 
 
 def count_channels(packet, rate, width):
@@ -123,6 +127,6 @@ def mixed_down(samples):
     """
     if samples.shape[1] > 2:
         rest = OTHERS * samples[:, 2:].sum(1, keepdims=True)
-        loudness = np.sqrt(1 + (samples.shape[1] - 2) * OTHERS ** 2)    # of the sum, if all are equally loud
+        loudness = np.sqrt(1 + (samples.shape[1] - 2) * OTHERS ** 2)    # of the sum, if all are alike
         samples = (samples[:, :2] + rest) / loudness
     return np.ascontiguousarray(samples.clip(-1, 1), np.float32)

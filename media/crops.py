@@ -6,7 +6,7 @@
 import numpy as np
 from PIL import Image
 
-JERK = 0.15     # the least motion of the face at a cut, in halves of the crop; cuts with less are ignored
+JERK = 0.15     # at a cut, the face moves by more than this, in halves of the crop's side, or see ZOOM
 MADE_UP = 0.1   # training does not use crops of which a larger share lies beyond the picture's border
 ZOOM = 0.07     # a larger value of growth() may be a cut; the largest in 20 clips without cuts is 0.061
 
@@ -14,7 +14,8 @@ ZOOM = 0.07     # a larger value of growth() may be a cut; the largest in 20 cli
 def face_box(points):
     """The box of a face's crop: landmarks (..., 68, 2) -> (..., 3), centre x, y and half side in pixels.
 
-    The centre is between eyes and mouth, because VoxCeleb's own frames end not far above the brows.
+    The centre is between eyes and mouth: a higher one would reach beyond VoxCeleb's frames, which end just
+    above the brows.
     """
     eyes = np.stack([points[..., 36:42, :].mean(-2), points[..., 42:48, :].mean(-2)], axis=-2)
     mouth = points[..., [48, 54], :].mean(-2)
@@ -26,9 +27,9 @@ def face_box(points):
 
 
 def steady_boxes(points, times, shot):
-    """Boxes for the frames of a video that do not jitter: landmarks (n, 68, 2) -> (n, 3).
+    """Boxes that do not jitter, one for each frame of a video: landmarks (n, 68, 2) -> (n, 3).
 
-    Each is a Gaussian mean of face_box() with a standard deviation of one second, within its shot.
+    Each is a mean of face_box() over its shot, with Gaussian weights in time (standard deviation: 1 second).
     times (n,) in seconds.  shot (n,): from shots().
     """
     boxes = face_box(points)
@@ -84,7 +85,7 @@ def inside(box, image):
 
 
 def crop(image, box, size):
-    """image uint8 (H, W, 3), box (3,) as of face_box() -> uint8 (size, size, 3), antialiased.
+    """image uint8 (H, W, 3), box (3,) as face_box() returns it -> uint8 (size, size, 3), antialiased.
 
     Beyond the picture's border, the colours of the border continue and become more and more blurred. They are
     not mirrored, because then the networks would see a second eye or mouth.
@@ -107,7 +108,7 @@ def crop(image, box, size):
 
 
 def made_up(box, image):
-    """The share of a box (3,), 0 to 1, that lies beyond the picture's border, so that crop() makes it up."""
+    """The share of a box (3,), 0 to 1, that lies beyond the picture's border, and is made up by crop()."""
     middle, half = box[:2] + 0.5, box[2]
     size = np.array(image.shape[1::-1])
     inner = np.minimum(middle + half, size) - np.maximum(middle - half, 0)      # width and height inside
@@ -146,7 +147,7 @@ def _fill(image, weight):
 def to_crop(points, box, size):
     """points (..., 68, 2) in pixels of the image -> in pixels of its crop by `box` (..., 3)."""
     centre, half = np.split(box[..., None, :], [2], axis=-1)
-    result = np.subtract(points, centre - half, dtype=np.float32)   # in place: a long driver has many points
-    result *= (size / (2 * half)).astype(np.float32)
+    result = np.subtract(points, centre - half, dtype=np.float32)
+    result *= (size / (2 * half)).astype(np.float32)    # in place, because a long driver has many points
     result -= 0.5
     return result

@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageOps
 
-from media.streams import Damage, main_video, open_media, packets, promises, shown, shown_frames
-from runtime.files import UserError, warn
+from media.streams import Damage, main_video, open_media, packets, promises, shown, expected_frames
+from runtime.files import UserError, raise_if_out_of_memory, warn
 
 # --------------------------------------------------------------------------------------------- reading
 
@@ -31,7 +31,7 @@ def read_video(path, complain=warn):
         with open_media(path) as container:
             stream = main_video(container)
             if stream is None:
-                raise UserError(f"{path} has no video in it")
+                raise UserError(f"{path} has no video in it: use a file with a video")
             promised = promises(container, stream)
             for frame in of_one_size(shown(container, stream, damage), stream, damage):
                 count += 1
@@ -43,11 +43,12 @@ def read_video(path, complain=warn):
             raise UserError(f"{path} is a folder, but a video file is needed") from None
         if not os.path.exists(path):
             raise UserError(f"no file {path}") from None
-        raise UserError(f"{path} is not a video that can be read ({e.strerror or e})") from None
+        raise UserError(f"{path} is not a video that can be read ({e.strerror or e}): convert it to "
+                        "mp4, or use another file") from None
     if not count:
-        raise UserError(f"{path} is a video, but none of its frames can be read")
+        raise UserError(f"{path} is a video, but none of its frames can be read: use another file")
     seconds = 0.0 if damage.packets else float(seconds)     # with frames missing, it would give a wrong rate
-    lost = words_on_loss(count, shown_frames(*promised, count, seconds), damage)
+    lost = words_on_loss(count, expected_frames(*promised, count, seconds), damage)
     if lost:
         complain(f"{path}: {lost}")
 
@@ -55,7 +56,7 @@ def read_video(path, complain=warn):
 def words_on_loss(count, expected, damage):
     """-> a few words on the frames that could not be read, or None if all were read.
 
-    count: the number of frames that were read.  expected: the result of shown_frames().
+    count: the number of frames that were read.  expected: the result of expected_frames().
     """
     missing = count < 0.95 * expected - 1       # a tolerance, because some containers' counts are a bit wrong
     if not missing and not damage.packets and not damage.end:
@@ -93,7 +94,7 @@ def is_animated_webp(path):
 
 
 def animated_webp(path, complain):
-    """The same as read_video(), but by PIL, because FFmpeg does not decode animated WebP."""
+    """The same as read_video(), but with PIL, because FFmpeg does not decode animated WebP."""
     import av
     from media.photos import to_srgb, upright_by_exif   # imported here, because that module imports this one
     count, time, aspect = 0, 0, 1.0
@@ -105,10 +106,11 @@ def animated_webp(path, complain):
                 milliseconds = image.info["duration"]
                 frame = av.VideoFrame.from_image(picture)
                 frame.pts, frame.time_base = time, Fraction(1, 1000)
-                frame.opaque = aspect, None, False      # a new tuple, because PyAV loses one that two frames share
+                frame.opaque = aspect, None, False      # a new tuple, because PyAV loses a shared one
                 time += milliseconds if milliseconds > 10 else 100      # browsers do this, too
                 yield frame
     except Exception as e:      # PIL raises a dozen types for damaged files
+        raise_if_out_of_memory(e)
         if not count:
             raise UserError(f"{path} is an animated picture that is damaged or incomplete ({e})") from None
         complain(f"{path}: only {count} of {image.n_frames} frames could be read ({e})")
@@ -123,10 +125,10 @@ FROM_BT2020 = np.float32([[1.6605, -0.5876, -0.0728],
 
 
 def of_one_size(frames, stream, damage):
-    """Set the `opaque` of each frame, from which to_rgb() scales it to the size of the first, as players do.
+    """Set `opaque` on each frame, so that to_rgb() can scale it to the size of the first one, as players do.
 
-    It is (the pixels' width / height, the (height, width) of the first picture or None for the first frame,
-    whether damage spoilt the frame).
+    It is (width / height of a pixel, (height, width) of the first picture, whether damage spoilt the frame).
+    Photos and animations have None as the second, because they keep their size.
     Video calls in browsers change the size of the frames within a recording, and so does television.
     """
     aspects, own, size = {}, None, None     # own: the first frame's pixel aspect as its codec gives it
@@ -183,8 +185,8 @@ def is_spoilt(frame):
 def to_srgb_from_hdr(image, frame):
     """uint8 (H, W, 3), from to_rgb(frame) or cropped from it -> the same in sRGB.
 
-    This changes the colours of HDR frames (BT.2100) only. White is 203 cd/m2 (BT.2408). It is slow, and not
-    needed for finding faces.
+    This changes the colours of HDR frames (BT.2100) only. White is 203 cd/m2 (BT.2408). The conversion is
+    slow, and not needed for finding faces.
     """
     if frame.color_trc not in (PQ, HLG):
         return image

@@ -16,7 +16,7 @@ from PIL import Image
 from runtime.files import UserError
 
 SURE = 0.5          # faces with at least this score are hardly ever false (on dlib's scale, most have 1 to 3)
-NEARLY = 0.4        # the detector is nearly as sure of faces with at least this share of the best score
+NEARLY = 0.4        # faces with less than this share of the best score are not candidates
 CUT_WIDTH = 400     # landmarks are predicted on a copy in which the face's box has at least this width
 
 MIRRORED = np.r_[       # points[MIRRORED], with x mirrored, are the landmarks of the mirrored picture
@@ -49,7 +49,7 @@ class Detector:
     """
 
     kind: str           # "fan" or "dlib"; a network that was trained with one must be given the same
-    sides = (0,)        # the sizes (longer side) of the copies that faces() searches; (0,) if it has one only
+    sides = (0,)        # the sizes (longer side) of the copies that faces() searches; (0,): the picture
     margin: float       # how much of the surroundings predict() is given, in widths of the face's box
 
     def __call__(self, image):
@@ -59,7 +59,8 @@ class Detector:
     def faces(self, image, sides=None):
         """image uint8 (H, W, 3) -> [Face], the highest score first.
 
-        sides: the sizes of the scaled copies to search in turn until a face is sure; None means self.sides.
+        sides: the sizes of the scaled copies to search, one after the other, until the detector is sure of a
+        face; None means self.sides.
         """
         raise NotImplementedError
 
@@ -94,13 +95,13 @@ def landmark_detector(kind):
 
 
 def dlib_model(name):
-    """The path of a file of face_recognition_models, a package that current setuptools cannot import."""
+    """The path of a file of face_recognition_models, which cannot be imported with current setuptools."""
     return os.path.join(find_spec("face_recognition_models").submodule_search_locations[0], "models", name)
 
 
 class DlibDetector(Detector):
     kind = "dlib"
-    sides = (256, 512, 1024)    # small copies first, because they are fast; faces have 80 pixels or more
+    sides = (256, 512, 1024)    # small copies first, as they are fast; it finds faces of 80 pixels or more
     margin = 0.4
 
     def __init__(self):
@@ -185,8 +186,8 @@ def fan_folder():
 
 
 def no_fan_weights(error):
-    return UserError(f"cannot download the weights of face-alignment ({error}): put the files into "
-                     f"{fan_folder()} yourself, or prepare the videos with data.py --landmarks dlib")
+    return UserError(f"cannot download or load the weights of face-alignment ({error}): put the files into "
+                     f"{fan_folder()} yourself, or use data.py --landmarks dlib and a checkpoint of these")
 
 
 def rescaled(image, scale):
@@ -215,7 +216,7 @@ def overlap(a, b):
 
 
 def without_duplicates(faces):
-    """[Face] -> the same without faces that were found on several copies, the highest score first."""
+    """[Face] -> each face once, even if it was found on several copies, the highest score first."""
     kept = []
     for face in sorted(faces, key=lambda f: f.score, reverse=True):
         if all(overlap(face.box, other.box) < 0.3 for other in kept):
@@ -226,7 +227,7 @@ def without_duplicates(faces):
 def which_face(faces, image):
     """-> the Face to use: among those with nearly the best score, a large one near the middle.
 
-    For 134 photos of LFW with several boxes, it is the person in the middle in all but 2.
+    In 134 photos of LFW in which several faces are found, it is the person in the middle in all but 2.
     """
     middle = np.array(image.shape[1::-1]) / 2
     surest = max(face.score for face in faces)
@@ -266,7 +267,7 @@ TURNED = {1: "lies on its side, so it was rotated to the left",       # a line f
 
 
 def upright(image, detector):
-    """Rotate a photo that lies on its side or is upside down, which the faces in it show.
+    """Rotate a photo that lies on its side or is upside down, judging by the faces in it.
 
     image uint8 (H, W, 3) -> np.rot90(image, k), the [Face] in it, and k.
     """

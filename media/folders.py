@@ -29,7 +29,7 @@ SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycle
 # ------------------------------------------------------------------------------------------- folders
 
 def evenly(items, n):
-    """At most n of the items, evenly spaced, including the first and the last."""
+    """At most n of the items, evenly spaced, including the first and the last (only the first if n = 1)."""
     if len(items) <= n:
         return items
     return [items[k] for k in np.linspace(0, len(items) - 1, n).round().astype(int)]
@@ -39,7 +39,7 @@ def find_sequences(root, out=None):
     """-> {name: [files]} of the sequences below root, and a list of lines about what is not used.
 
     A folder is a sequence. In root itself, every clip is a sequence, and all photos together are one.
-    out: a folder to skip without a line.
+    out: the output folder, which is skipped without a line about it.
     """
     sequences, unused = {}, []
     for folder, files, lines in walk(root, out):
@@ -61,21 +61,21 @@ def walk(root, out=None):
     above root. Hidden folders and those of the system are skipped, because they hold copies and thumbnails.
     """
     above = Path(os.path.realpath(root)).parents
-    seen = {identity(folder) for folder in above}
-    own = identity(out) if out and os.path.isdir(out) else None
+    seen = {folder_id(folder) for folder in above}
+    own = folder_id(out) if out and os.path.isdir(out) else None
     folders, links = [root], []
     while folders or links:
         folder = folders.pop(0) if folders else links.pop(0)
-        if identity(folder) in seen:
-            yield folder, [], ["skipped, because it links to a folder that is used already"]
+        if folder_id(folder) in seen:
+            yield folder, [], ["skipped, because it links to a folder that is used already, or contains it"]
             continue
-        seen.add(identity(folder))
+        seen.add(folder_id(folder))
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as e:
             yield folder, [], [f"cannot be read ({e.strerror})"]
             continue
-        subfolders = [entry for entry in entries if entry.is_dir() and identity(entry.path) != own]
+        subfolders = [entry for entry in entries if entry.is_dir() and folder_id(entry.path) != own]
         for entry in subfolders:
             if not is_system(entry.name):
                 (links if entry.is_symlink() else folders).append(entry.path)
@@ -86,7 +86,7 @@ def walk(root, out=None):
         yield folder, files, words_on_unused(others, skipped, empty=not files and not subfolders)
 
 
-def identity(folder):
+def folder_id(folder):
     """A value that is equal for two paths of the same folder."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
@@ -112,6 +112,7 @@ def words_on_unused(others, skipped, empty):
 
 
 def first_names(names):
+    """The first five of these names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -133,18 +134,19 @@ class Photo(NamedTuple):
 
 
 def cut_shot(image, points, box, size, seconds):
-    """Picture uint8 (H, W, 3), landmarks (68, 2) in its pixels, box (3,) as of face_box() -> Shot."""
+    """Picture uint8 (H, W, 3), landmarks (68, 2) in its pixels, box (3,) from face_box() -> Shot."""
     box = inside(box, image)
     return Shot(crop(image, box, size), to_crop(points, box, size), seconds, made_up(box, image),
                 float(np.ptp(points[:, 0])))
 
 
 def faces_in(path, detect, size, max_frames=0, complain=warn, recognition=None):
-    """Yield the Shot of a photo, or a Shot of each frame of a clip that shows a face.
+    """Yield the Shot of a photo, or a Shot for each frame with a face of a clip.
 
     detect: a faces.Detector.  size: of the crops.  max_frames: use at most this many frames of a clip, evenly
     spaced; 0 means all.  recognition: as for a Follower.  complain(line) is called if the picture had to be
-    rotated or shows several faces. Raises UserError if there is no face, or the file cannot be read.
+    rotated, shows several faces, or is damaged. Raises UserError if there is no face, or the file cannot be
+    read.
     """
     suffix = Path(path).suffix.lower()
     if suffix in CLIPS or (suffix not in PHOTOS and count_frames(path) > 1):
@@ -186,4 +188,4 @@ def faces_in_clip(path, detect, size, max_frames, complain, recognition):
             shot = cut_shot(image, track.points[k], boxes[k], size, float(times[k]))
             yield shot._replace(image=to_srgb_from_hdr(shot.image, frame))
     if not used:
-        raise UserError(f"{path} is so damaged that none of its frames with a face can be used: use another file")
+        raise UserError(f"{path} is so damaged that no frame with a face can be used: use another file")

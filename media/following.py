@@ -6,7 +6,7 @@ import numpy as np
 from media.crops import crop, face_box, to_crop
 from media.faces import NEARLY, SURE, overlap, where, which_face
 
-LATER = 0.25    # the weight of a frame of anybody but the first person, as others may be shown for a while
+LATER = 0.25    # a frame of the person followed first counts 1, and of others this, as they may be guests
 PEOPLE = 20     # the number of people that are remembered
 
 
@@ -16,6 +16,7 @@ class Person:
     def __init__(self, worth):
         self.worth, self.frames = worth, 0
         self.score, self.picture = 0.0, None    # the close-up with the highest score
+        self.known = None                       # its recognition vector, once it was computed
 
     def weight(self):
         return self.worth * self.frames
@@ -44,28 +45,28 @@ class Follower:
 
     Within a shot it stays with the same face. After a cut, or a second without that face, it chooses again.
     With a `recognition`, it then prefers the person who has been followed most, and it returns to that person
-    as soon as they appear beside somebody else.
+    as soon as they are seen again while somebody else is followed.
     """
 
     LOST = 1.0          # seconds without the followed face after which another one may be chosen
-    PATIENCE = 0.5      # seconds between two uses of what is slow: large copies, and recognition
+    PATIENCE = 0.5      # seconds between two searches of large copies, and for the main person
 
     def __init__(self, detector, recognition=None, turns=0):
-        """detector: a faces.Detector.  recognition: a recognition.Recognition, or None for not using one.
+        """detector: a faces.Detector.  recognition: a recognition.Recognition, or None to do without.
 
         turns: the frames are rotated by this many times 90 degrees (np.rot90) before look() sees them.
         """
         self.detector, self.recognition, self.turns = detector, recognition, turns
         self.people, self.person = [], None     # all who were followed, and who is followed now
-        self.compared = -math.inf   # the time in seconds at which faces were compared with the people last
-        self.face = None            # the followed face when it was seen last
+        self.compared = -math.inf   # when faces were last compared with the people, in seconds
+        self.face = None            # the followed face as it was last seen
         self.seen = -math.inf       # the time of that, in seconds
         self.missed = 0             # the number of frames since then
-        self.searched = -math.inf   # the time at which large copies were searched last
+        self.searched = -math.inf   # when large copies were last searched, in seconds
         self.thumbnail = None       # of the previous frame, by which cuts are detected
         self.looks = self.with_others = self.choices = self.returns = 0     # counts for report()
         self.place = None           # the place, in words, of the face that was first chosen among several
-        self.turned = np.zeros(4, int)  # the number of frames with a face if rotated by k * 90 degrees, by k
+        self.turned = np.zeros(4, int)  # [k]: how many frames show a face when rotated by k * 90 degrees
 
     def is_cut(self, thumbnail):
         """Whether a new shot begins here. thumbnail: the frame in grey, uint8 (32, 32)."""
@@ -195,9 +196,9 @@ class Follower:
             words.append(f"{self.with_others} of {self.looks} frames show several faces: followed the one "
                          f"{self.place}")
             if self.choices:
-                words.append(f"chose again {self.choices} times, after a cut or a second without it")
+                words.append(f"chose again after a cut or a second without it (times: {self.choices})")
             if self.returns:
-                words.append(f"returned to the same person {self.returns} times")
+                words.append(f"returned to the same person (times: {self.returns})")
         others = self.frames_of_others()
         if others:
             words.append(f"{others} of {self.looks} frames follow somebody else, because the person who was "
@@ -205,7 +206,7 @@ class Follower:
         return f"{path}: " + "; ".join(words) if words else None
 
     def frames_of_others(self):
-        """The number of frames in which somebody was followed who looks like a stranger to the main person."""
+        """The number of frames that follow somebody who looks unlike the person who was followed longest."""
         if self.recognition is None or len(self.people) < 2:
             return 0
         vectors = {person: person.vector(self.recognition) for person in self.people}

@@ -28,7 +28,7 @@ TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLI
 def read_photo(path):
     """-> uint8 (H, W, 3) in sRGB, upright by EXIF. Alpha is blended with white.
 
-    Of an animation it is the first picture. A photo with more than LARGE pixels is reduced to a quarter of
+    An animation gives its first picture. A photo with more than LARGE pixels is reduced to a quarter of
     its width and height. Raises UserError if the photo cannot be read, is a raw file or has more than MOST
     pixels.
     """
@@ -39,7 +39,7 @@ def read_photo(path):
                         "JPEG or PNG")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # about oddities with which PIL can read the file all the same
+            warnings.simplefilter("ignore")     # about oddities that do not keep PIL from reading the file
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return np.asarray(to_srgb(upright_by_exif(image), image.info.get("icc_profile")))
@@ -51,13 +51,15 @@ def read_photo(path):
         raise too_large(path) from None
     except Exception as e:      # PIL raises a dozen types for damaged files
         raise_if_out_of_memory(e)
-        raise UserError(f"{path} is not a picture that can be read ({e})") from None
+        raise UserError(f"{path} is not a picture that can be read ({e}): save it again as JPEG or "
+                        "PNG") from None
     try:    # formats that PIL does not know, such as .heic
         image, profile = read_still(path)
     except UserError:
         raise
-    except Exception:       # FFmpeg raises many types for files that are no media; PIL's message is clearer
-        raise UserError(f"{path} is not a picture that can be read ({problem})") from None
+    except Exception:       # FFmpeg raises many types for files that are not media; PIL's message is clearer
+        raise UserError(f"{path} is not a picture that can be read ({problem}): save it again as JPEG or "
+                        "PNG") from None
     return np.asarray(to_srgb(shrunk(Image.fromarray(image)), profile))
 
 
@@ -66,7 +68,7 @@ def too_large(path):
 
 
 def shrunk(image):
-    """Load a PIL picture and return it, with more than LARGE pixels at a quarter of its width and height."""
+    """Load a PIL picture, and reduce one of more than LARGE pixels to a quarter of its width and height."""
     quarter = image.width // 4, image.height // 4
     if image.width * image.height > LARGE:
         image.draft(None, quarter)      # decodes a JPEG at this size, and does nothing for other files
@@ -136,7 +138,7 @@ def to_srgb(image, profile):
 def to_8_bits(levels, is_float):
     """Levels (H, W) of a picture with more than 8 bits, which PIL would clip at 255 -> uint8 (H, W).
 
-    Integers have white at 65535. Floats can have it at 1, at 255 or at 65535, which the levels tell.
+    Integers have white at 65535. Floats can have it at 1, 255 or 65535; the levels tell which.
     """
     white = 65535
     if is_float:

@@ -26,9 +26,10 @@ COMPARED = 4            # the number of files of a sequence that are compared to
 def prepare(videos, out, kind, size, max_frames, workers):
     """Write a prepared file (see data.py) into `out` for every sequence below `videos`, and print a summary.
 
-    kind: of landmark_detector().  size: of the crops, in pixels.  max_frames: use at most this many frames of
-    a sequence, evenly spaced; 0 means all.  workers: the number of processes.
-    A sequence whose file exists is skipped. Raises UserError if nothing could be prepared.
+    kind: as in landmark_detector().  size: of the crops, in pixels.  workers: the number of processes.
+    max_frames: use at most this many frames of a sequence, evenly spaced; 0 means all.
+    A sequence whose file exists is skipped. Raises UserError if nothing could be prepared, a worker process
+    died, or a file cannot be written.
     """
     if not os.path.isdir(videos):
         raise UserError(f"no folder {videos}: name the folder of videos or photos with --videos DIR")
@@ -50,7 +51,7 @@ def prepare(videos, out, kind, size, max_frames, workers):
             problems += lines
     except BrokenProcessPool:
         stop = UserError("a worker process died, probably because memory ran out: run the command again with "
-                         "fewer --workers, and it will continue here")
+                         "fewer --workers, and it will continue where it stopped")
     except UserError as e:      # a file cannot be written
         stop = e
 
@@ -71,16 +72,16 @@ def prepare(videos, out, kind, size, max_frames, workers):
 
 
 def default_workers(kind):
-    """The number of worker processes for this machine's cores and memory. kind: of landmark_detector()."""
+    """The number of worker processes for this machine's cores and memory. kind: as in landmark_detector()."""
     if kind == "fan" and torch.cuda.is_available():
         return 2    # they share the GPU
     return max(1, int(min(usable_cores(), free_memory() / WORKER_MEMORY)))
 
 
 def results(jobs, kind, workers):
-    """Call _prepare() with each of these arguments in worker processes. Yield the results as they come."""
+    """Call _prepare() with each of these tuples of arguments in worker processes, and yield the results."""
     # The resource tracker is a process that multiprocessing starts. It ignores SIGINT and SIGTERM, and it
-    # inherits from here that SIGHUP is ignored, too.
+    # inherits from here that SIGHUP is ignored, too. Otherwise a closed terminal would end it first.
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     resource_tracker.ensure_running()
     signal.signal(signal.SIGHUP, handler)
@@ -144,7 +145,8 @@ def _prepare(files, out, size, max_frames):
             raise_if_out_of_memory(e)
             problems.append(f"{file}: {type(e).__name__}: {e}")
     if len(jpegs) < 2:
-        return 0, 0, problems + [f"{files[0].parent}: {len(jpegs)} frames show a face, but 2 are needed"]
+        place = files[0] if len(files) == 1 else files[0].parent
+        return 0, 0, problems + [f"{place}: frames that show a face: {len(jpegs)}; at least 2 are needed"]
     if are_several(vectors):
         problems.append(f"{files[0].parent}: the files seem to show several people, but were prepared as one "
                         "person: give each person a folder")

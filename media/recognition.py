@@ -1,7 +1,7 @@
-"""dlib's face recognition network in PyTorch, and who somebody is according to its vectors.
+"""dlib's face recognition network in PyTorch, and whether two faces are one person's by its vectors.
 
     vector = dlib_recognition()
-    same = vector(*shot_a) @ vector(*shot_b) > SAME     # (frame uint8 (S, S, 3), landmarks (68, 2)) each
+    same = vector(frame_a, points_a) @ vector(frame_b, points_b) > SAME     # uint8 (S, S, 3), (68, 2)
 
 The network's weights are in the public domain. The package face-recognition-models contains them as dlib (a
 C++ library) stored them, so nothing has to be downloaded.
@@ -18,7 +18,8 @@ from torch import nn
 
 from media.faces import dlib_model, five_points
 
-# Thresholds for the cosine of two vectors of dlib_recognition(), measured on 1,609 people of LFW:
+# Thresholds for the cosine of two vectors of dlib_recognition(), measured on 1,609 people of LFW (Labeled
+# Faces in the Wild):
 STRANGERS = 0.90    # below: 98 % of the pairs of strangers, and 0.7 % of the pairs of one person's photos
 SAME = 0.92         # above: 96 % of the pairs of one person's photos, and 0.2 % of the pairs of strangers
 
@@ -52,7 +53,7 @@ def tell_apart():
 
 
 def are_several(vectors):
-    """Whether photos seem to show several people. vectors: of dlib_recognition(), one for each photo.
+    """Whether photos seem to show several people. vectors: from dlib_recognition(), one for each photo.
 
     They do if at least half of the pairs of photos look like strangers. With up to four photos of each of
     1,609 people of LFW, this is wrong for 9 people (1 in 179). It is right for all of 300 sets of four photos
@@ -114,7 +115,7 @@ CHIP_POINTS = [(48.1, 46.6), (100.0, 46.7), (73.3, 75.3), (50.8, 104.3), (97.9, 
 
 
 def face_chips(x, points, size=150):
-    """Faces rotated, scaled and cropped as dlib aligns them before its network sees them.
+    """Faces rotated, scaled and cropped as dlib aligns them for its network, which it calls chips.
 
     x (B, 3, S, S), landmarks (B, 68, 2) in its pixels -> (B, 3, size, size), differentiable in x.
     """

@@ -1,6 +1,6 @@
 """Writing the sound of one media file into another: copied, or re-encoded if an mp4 cannot hold it.
 
-    sound_from = usable_sound("v.mp4")              # the path, or a warning and None if that is impossible
+    sound_from = usable_sound("v.mp4")  # the path; None, with a warning, if it has no usable sound
     with Sound(sound_from, out, start) as sound:    # out: an av container that is being written
         sound.write_until(seconds)
 """
@@ -47,7 +47,7 @@ class Sound:
     def __init__(self, path, out, start):
         self.path, self.out, self.start = path, out, start
         self.source = self.problem = None
-        self.packet, self.written = None, 0
+        self.packet, self.written = None, 0     # the next packet: None before the first one, False at the end
         self.packets = iter(())
         if path is None:
             return
@@ -71,7 +71,7 @@ class Sound:
         return self
 
     def __exit__(self, *_):
-        self.packets = None     # the generator has a reference to the source
+        self.packets = None     # the generator holds a reference to the source
         if self.source is not None:
             self.source.close()
         if self.problem:
@@ -81,7 +81,8 @@ class Sound:
     def write_until(self, seconds):
         """Write the packets up to this time of the result.
 
-        If the sound is damaged, it ends here, with a warning at the end. The pictures are not affected.
+        If the sound cannot be read on, the result's sound ends there, and __exit__() warns. The pictures are
+        not affected.
         """
         import av
         try:
@@ -91,7 +92,7 @@ class Sound:
                 self.out.mux(self.packet)
                 self.written += 1
                 self.packet = next(self.packets, False)
-        except (av.InvalidDataError, av.EOFError, ValueError) as e:     # but a full disk is raised
+        except (av.InvalidDataError, av.EOFError, ValueError) as e:     # a full disk is passed on
             self.packet, self.problem = False, getattr(e, "strerror", None) or str(e)
 
     def copied(self, audio, stream):
@@ -131,7 +132,7 @@ class Sound:
                 part.pts = round(part.pts * part.time_base * encoder.rate)
                 part.time_base = Fraction(1, encoder.rate)
                 if part.pts <= end - part.samples / 2:
-                    continue    # a damaged frame before it was decoded too long and covers this time
+                    continue    # an earlier, damaged frame came out too long and already covers this time
                 end = part.pts + part.samples
                 yield from stream.encode(part)
         yield from stream.encode()

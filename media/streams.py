@@ -10,11 +10,11 @@ import os
 from itertools import chain
 from typing import NamedTuple
 
-TRIES = 10      # how often packets() tries to continue after an error before it gives up, as mpv does
+TRIES = 10      # packets() gives up after this many errors in a row, as mpv does
 
 
 def open_media(path, mode="r", **options):
-    """av.open(), but `path` is always a file, never a URL: neither "12:30.mp4" nor "http:x.mp4".
+    """av.open(), but `path` is always taken as a file, even if it looks like a URL, such as "12:30.mp4".
 
     Metadata that is not UTF-8 does not raise an error.
     """
@@ -52,7 +52,7 @@ class Damage:
 def packets(container, stream, damage):
     """Yield the packets of a stream, without empty ones.
 
-    A generator from container.demux() ends at the first error. This one starts a new one behind it.
+    container.demux() ends at the first error. This function then starts it again after the damage.
     """
     import av
     tries = 0
@@ -89,9 +89,11 @@ def decoded(container, stream, damage):
 # ------------------------------------------------------------------------------------- increasing times
 
 def in_order(frames, damage, base):
-    """Yield the frames, sorted by time behind damage, because there decoders return them out of order.
+    """Yield the frames in order of time.
 
-    One frame is held back, and frames that come after it but have earlier times are yielded before it.
+    Decoders mix up the order after a damaged packet, and a damaged file can give a frame a time that is more
+    than a second too late. One frame is held back, and frames that come after it but have earlier times are
+    yielded before it.
     base: the unit of the times, in seconds.
     """
     held, overtaken, last = None, False, None       # last: the time of the last frame that was yielded
@@ -117,8 +119,8 @@ def in_order(frames, damage, base):
 def shown(container, stream, damage):
     """Yield the frames of a stream that a player would show, each with a later time than the one before.
 
-    Frames after a damaged packet are drawn from what was lost, up to the next key frame: their times are
-    added to damage.spoilt.
+    Frames after a damaged packet, up to the next key frame, are predicted from pictures that were lost: their
+    times are added to damage.spoilt.
     """
     clock, complete = picture_clock(stream), -math.inf      # complete: the time of the latest key frame
     for frame in in_order(decoded(container, stream, damage), damage, stream.time_base):
@@ -142,13 +144,13 @@ class Clock:
     def __init__(self, base, step, joints=()):
         self.base = base                # the unit of the times, in seconds
         self.step = max(1, step)        # the usual difference of two times, in units of base
-        self.joints = list(joints)      # of the picture, from find_joints(), if this is the clock of its sound
+        self.joints = list(joints)      # from find_joints(), if this is the clock of a recording's sound
         self.last, self.offset = None, 0
 
     def increasing(self, time):
         """A time in units of base, or None if there is none -> a time that is later than the one before.
 
-        Returns None for sound that is left over when the next part of a joined recording already plays.
+        Returns None for sound to drop, because the picture of the next part of a joined recording has begun.
         """
         if time is not None:
             time += self.offset
@@ -169,9 +171,9 @@ class Clock:
 
 
 class Joint(NamedTuple):
-    """Where a recording goes on with another file that was appended to it. Both in seconds."""
+    """Where the next file of a recording that was joined from several begins. Times are in seconds."""
     begins: float       # when the picture of the new part begins
-    shift: float        # how much later than stored it is shown
+    shift: float        # how much later than its stored times the new part is shown
 
 
 def find_joints(path):
@@ -182,7 +184,7 @@ def find_joints(path):
     """
     with open_media(path) as container:
         stream = main_video(container)
-        if stream is None or container.format.name not in ("mpegts", "mpeg"):   # others cannot be joined so
+        if stream is None or container.format.name not in ("mpegts", "mpeg"):   # only these can be appended
             return []
         clock, joints = picture_clock(stream), []
         for packet in packets(container, stream, Damage()):
@@ -196,7 +198,7 @@ def find_joints(path):
 # ----------------------------------------------------------------------------------- the expected length
 
 def promises(container, stream):
-    """What a container says about a stream: -> the number of frames, seconds, and frames per second.
+    """-> what a container says about a stream: the number of frames, the seconds, and the frames per second.
 
     The first two are 0 if it does not say.
     """
@@ -207,13 +209,13 @@ def promises(container, stream):
     return stream.frames, seconds, float(stream.average_rate or 25)
 
 
-def shown_frames(stored, seconds, rate, count, shown):
+def expected_frames(stored, seconds, rate, count, lasted):
     """About how many frames a player should show according to the container; 0 if it does not say.
 
-    stored, seconds, rate: the result of promises().  count, shown: the number of frames that were read, and
+    stored, seconds, rate: the result of promises().  count, lasted: the number of frames that were read, and
     the seconds that they last, or 0. These give a better rate than the container, which may have guessed it
-    from the first frames. An edit list can hide frames that are stored or show them twice, so the smaller of
-    the two estimates is used.
+    from the first frames. There are two estimates: the stored number, and the duration times the rate. An
+    edit list can hide stored frames or show them twice, so the smaller one is used.
     """
-    by_time = seconds * (count / shown if shown else rate)
+    by_time = seconds * (count / lasted if lasted else rate)
     return min(stored, by_time) if stored and by_time else stored or by_time

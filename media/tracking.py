@@ -40,7 +40,7 @@ class Track(NamedTuple):
         return shots(self.points, self.found, self.cuts)
 
     def boxes(self):
-        """The box of each frame's crop, (n, 3), as of crops.face_box()."""
+        """The box of each frame's crop, (n, 3), as crops.face_box() returns them."""
         return steady_boxes(self.points, self.seconds(), self.shots())
 
     def in_crops(self, size):
@@ -78,7 +78,8 @@ def load_track(path):
         raise UserError(f"no file {path}") from None
     except Exception as e:  # numpy and zipfile raise many types for damaged files and files of other kinds
         raise_if_out_of_memory(e)
-        raise UserError(f"{path} is not a landmark track as infer.py --save-track writes it ({e})") from None
+        raise UserError(f"{path} is not a landmark track as infer.py --save-track writes it ({e}): save it "
+                        "again, or use the video itself") from None
 
 
 # ------------------------------------------------------------------------------------------- following
@@ -159,7 +160,7 @@ def read_crops(path, track, wanted, size):
 def read_driver(path, landmarks, detect, recognition=None):
     """A video or a saved track (.npz) -> Track. Tells the user about problems with it.
 
-    landmarks: "fan" or "dlib", with which the checkpoint was trained.  recognition: as for a Follower.
+    landmarks: the detector that the checkpoint was trained with.  recognition: as for a Follower.
     Raises UserError if the file cannot be read or shows no face.
     """
     if is_track(path):
@@ -171,8 +172,8 @@ def read_driver(path, landmarks, detect, recognition=None):
         track = track_video(path, detect, progress=True, recognition=recognition)
     missed = len(track.found) - int(track.found.sum())
     if missed:
-        print(f"no face in {missed} of {len(track.found)} frames of {path}: their landmarks are copied from "
-              "the frames before them")
+        print(f"no face in {missed} of {len(track.found)} frames of {path}: their landmarks are filled in "
+              "from the frames around them")
     return track
 
 

@@ -1,1 +1,1 @@
-"""What every command stands on: checked files and paths, the device, saving and resuming a run."""
+"""What every command uses: checked files and paths, the device, saving and resuming a run."""

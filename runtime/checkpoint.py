@@ -35,7 +35,7 @@ def save_checkpoint(path, kind, config, step=0, run=None, **parts):
 
 
 def load_checkpoint(path, device="cpu", kind="meta"):
-    """-> the dict that save_checkpoint() wrote, with a Config as its "config".
+    """-> the dict that save_checkpoint() wrote, with a Config as its "config", and the "path".
 
     Raises UserError if the file is missing, damaged, of another kind or from another version.
     """
@@ -46,20 +46,23 @@ def load_checkpoint(path, device="cpu", kind="meta"):
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as e:  # torch.load raises a dozen types for damaged files and files of other kinds
         raise_if_out_of_memory(e)
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
+        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__}): name a file that "
+                        "meta_train.py or finetune.py wrote") from None
     if not isinstance(state, dict) or not {"format", "kind", "config"} <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of this project")
+        raise UserError(f"{path} is not a checkpoint of this project: name a file that meta_train.py or "
+                        "finetune.py wrote")
     if state["format"] != FORMAT:
         raise UserError(f"{path} has format {state['format']}, but this version reads format {FORMAT}: "
                         "make the file again, or use the version that wrote it")
     if state["kind"] != kind:
-        origin = {"meta": "meta_train.py", "person": "finetune.py or infer.py --save-person"}[kind]
-        raise UserError(f"{path} is a {state['kind']} file, but a {kind} file is needed, from {origin}")
+        needed = {"meta": "a checkpoint of meta_train.py",
+                  "person": "a person file of finetune.py or infer.py --save-person"}[kind]
+        raise UserError(f"{path} is a file of another kind ({state['kind']}): {needed} is needed here")
     try:
         state["config"] = Config(**state["config"])
     except (TypeError, ValueError) as e:
-        raise UserError(f"{path} has a config that this version cannot use: {e}") from None
-    return state
+        raise UserError(f"{path} has a config that this version cannot use ({e}): make it again") from None
+    return state | {"path": str(path)}
 
 
 def _fill(module, state, prefix=""):
@@ -69,12 +72,13 @@ def _fill(module, state, prefix=""):
         module.load_state_dict(part)
     except (KeyError, RuntimeError) as e:
         reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit its own config: {reason}") from None
+        raise UserError(f"{state['path']} is damaged, or does not fit its own config ({reason}): make it "
+                        "again") from None
     return module.to(next(iter(part.values())).device).eval()
 
 
 def load_networks(state):
-    """-> E, G, D of a loaded "meta" checkpoint, in eval mode. D has no W, which only --resume needs."""
+    """-> E, G, D of a loaded "meta" checkpoint, in eval mode. Checkpoints have no rows of W, nor has D."""
     config = state["config"]
     E = _fill(Embedder(config), state, "E.")
     G = _fill(Generator(config), state, "G.")

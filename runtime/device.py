@@ -32,8 +32,7 @@ def device_of_rank(local_rank):
 def fast_dtype(device):
     """torch.bfloat16 if the device computes with it fast, else torch.float32.
 
-    It is fast on CUDA GPUs since Ampere and on CPUs with AMX or avx512_bf16, where a training step takes 0.6
-    times as long.
+    It is fast on CUDA GPUs since Ampere, and on CPUs with AMX or avx512_bf16.
     """
     kind = torch.device(device).type
     fast = False

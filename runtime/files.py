@@ -55,7 +55,7 @@ def run(main):
 
 
 def leave_on_signals(*numbers):
-    """Let these signals raise SystemExit, so that every `finally` runs, which a second one does not stop.
+    """Let these signals raise SystemExit, so that every `finally` runs. A second one does not stop that.
 
     A signal that is ignored stays ignored, such as SIGHUP (a closed connection) under nohup.
     """
@@ -86,8 +86,8 @@ def make_parser(doc):
 def open_closed_streams():
     """Open stdin, stdout and stderr to the null device if they are closed, and let them print any file name.
 
-    Otherwise the next file that is opened would get the descriptor of stderr, and libraries would write their
-    warnings into it.
+    If they stayed closed, the next file that is opened would get the descriptor of stderr, and libraries
+    would write their warnings into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -102,7 +102,7 @@ def open_closed_streams():
 
 
 def is_out_of_shared_memory(error):
-    """Whether torch's DataLoader failed because /dev/shm is full, through which its workers pass batches."""
+    """Whether torch's DataLoader failed because /dev/shm, through which its workers pass batches, is full."""
     text = str(error)
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
 

@@ -20,7 +20,9 @@ from runtime.files import (UserError, atomic, forget_lost_terminal, make_folder,
                            save_tensors, warn)
 
 LOG_EVERY = 50  # steps
-LOGGED = ["cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"]      # the values that train_step() returns
+# The values that train_step() returns: L_CNT, the two terms of L_ADV (-D and L_FM), L_MCH, L_DSC, and the
+# mean norms of embeddings and of rows of W.
+LOGGED = ["cnt", "adv", "fm", "mch", "dsc", "|e|", "|W|"]
 COLUMNS = ["step", *LOGGED, "samples/s", "wait%"]
 
 
@@ -59,7 +61,7 @@ def checkpoints(out):
 
 
 def clear(out, keep):
-    """Delete all checkpoints except the steps in `keep`, and temporary files that a killed run has left."""
+    """Delete temporary files that a killed run has left, and all steps but those in `keep`."""
     for end in ("pt", r"rank-\d+\.state"):  # the .pt first, because a step without it is incomplete
         for file in Path(out).glob("step-*"):
             match = re.fullmatch(rf"step-(\d+)\.{end}(\.[0-9a-f]{{16}}\.tmp)?", file.name)
@@ -109,7 +111,7 @@ def restore(training):
 def newest_step(training):
     """-> (step, checkpoint, state) of the newest step that all ranks can read; (0, None, None) without steps.
 
-    Raises UserError, on all ranks, if no step can be read or the run has other settings.
+    Ends all ranks, with a UserError on rank 0, if no step can be read or the run has other settings.
     """
     out, steps, advice = training.out, checkpoints(training.out), None
     for step in reversed(steps):
@@ -133,8 +135,8 @@ def newest_step(training):
 def read_step(training, step, path):
     """-> (checkpoint, this rank's state) of a complete step, with None for a file that cannot be read.
 
-    path: of the state. Raises UserError if the checkpoint has other settings than this run. All ranks read
-    the same checkpoint, so they agree.
+    path: of the state. Ends all ranks, with a UserError on rank 0, if the checkpoint has other settings than
+    this run. All ranks read the same checkpoint, so they agree.
     """
     try:
         ckpt = load_checkpoint(f"{training.out}/step-{step}.pt", training.device)
@@ -174,10 +176,11 @@ def find_ranks():
 
 
 def join_ranks(backend, rank, world):
-    """Start the process group, with other keys in the store after each restart by torchrun.
+    """Start the process group.
 
-    All restarts share one store. Without this, a rank can find the address of a rank that has died there, and
-    wait forever (PyTorch issue 135712). With several nodes it is left out, as each counts its own restarts.
+    All restarts by torchrun share one store, so each restart gets keys of its own in it. Otherwise a rank can
+    find the address of a rank that has died, and wait forever (PyTorch issue 135712). With several nodes this
+    is left out, because each node counts its own restarts.
     """
     # torch 2.14 renames this argument of DDP, but torch 2.5 does not know the new name
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
@@ -238,7 +241,7 @@ class Signals:
         self.came.append((number, time.time()))
 
     def leave(self, words):
-        """Exit as by the signal, which may have reached another rank only."""
+        """Exit with the code of the signal, or with SIGTERM's if only another rank received one."""
         print(words, file=sys.stderr)
         sys.exit(128 + (self.came[0][0] if self.came else signal.SIGTERM))
 

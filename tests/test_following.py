@@ -106,7 +106,7 @@ def test_a_person_who_returns_is_followed_again(tmp_path, face, other, detect, a
     counted = recognition._replace(vector=lambda *shot: asked.append(1) or recognition.vector(*shot))
     again = side(tracking.track_video(tmp_path / "a.mp4", detect, complain=said.append, recognition=counted))
     assert (again[:45] == 0).all() and (again[-25:] == 0).all()
-    assert "returned to the same person 1 times" in said[0] and len(asked) < 20
+    assert "returned to the same person (times: 1)" in said[0] and len(asked) < 20
 
 
 def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, detect):

@@ -87,7 +87,7 @@ def test_sizes_and_widths_that_do_not_fit(tmp_path):
     assert torch.equal(same[1].to_rgb.bias, small[1].to_rgb.bias)
     for size, channels in ((256, (16, 16, 16, 16, 32)), (128, (16, 16, 16, 32)[1:]), (128, (16, 8, 16, 32))):
         cfg, *nets = networks(size, channels=channels)
-        with pytest.raises(UserError, match="it has 64 pixels and channels 16 16 32"):
+        with pytest.raises(UserError, match="has 64 pixels and channels 16 16 32"):
             grow(*nets, path, cfg, episodes(size))
 
 

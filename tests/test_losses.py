@@ -203,7 +203,7 @@ def test_files_that_are_no_such_networks(files, tmp_path):
     (tmp_path / "text.mat").write_text("not a mat file")
     for path, words in ((other, "not a MatConvNet network"),
                         (tmp_path / "text.mat", "not a MatConvNet network"),
-                        (tmp_path / "none.mat", "no file"), (files[1], "does not hold a VGG19")):
+                        (tmp_path / "none.mat", "no file"), (files[1], "does not hold VGG19")):
         with pytest.raises(UserError, match=words):
             ContentLoss("vgg", path)
 

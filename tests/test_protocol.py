@@ -64,7 +64,7 @@ def test_a_video_too_short_for_the_gap_is_left_out(tmp_path, capsys):
     times = lambda count: ([0] * count, np.arange(count) / 25)
     data = timed(tmp_path, long=times(60), brief=times(39))
     assert list(protocol.draw_protocol(data, [8], 8, 50, 0)) == ["long"]
-    assert "a second apart: brief" in capsys.readouterr().err       # 8 + 24 + 8 frames are 40
+    assert "left out brief: 8 frames" in capsys.readouterr().err       # 8 + 24 + 8 frames are 40
 
 
 def test_photos_have_no_time(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_a_damaged_video_is_left_out_with_one_warning(tmp_path, capsys):
     (tmp_path / "broken.pt").write_bytes(b"junk")
     assert list(protocol.draw_protocol(PreparedVideos(str(tmp_path)), [8], 8, 50, 0)) == ["whole"]
     said = capsys.readouterr().err
-    assert said.count("is damaged") == 1 and "a second apart: broken" in said
+    assert said.count("is damaged") == 1 and "left out broken: 8 frames" in said
 
 
 def test_a_given_split_is_kept():

@@ -134,7 +134,7 @@ def test_the_table_and_the_ranking():
 
     best = puppeteer.best_drivers(rows)
     assert best == {"a": "y", "b": "x"}
-    ranked = puppeteer.ranking(rows, best).splitlines()[2:]
+    ranked = puppeteer.ranking(rows, best).splitlines()[4:]
     assert ranked == ["| y | 0.400 | 0.300 | 0.500 | 1 of 2 |", "| x | 0.350 | 0.450 | 0.300 | 1 of 2 |"]
 
 

@@ -146,7 +146,7 @@ def test_finetune_and_infer_as_a_user_runs_them(tmp_path, checkpoint, clip):
     said = succeed("infer.py", "--person", "p.pt", "--driver", clip, "--compare",
                    "--save-track", "t.npz", cwd=tmp_path)
     assert "no face in 2 of 20 frames" in said and "20 frames" in said
-    assert "the driver shows the same person" in said
+    assert "driver and photo show the same person" in said
     with av.open(str(tmp_path / "result.mp4")) as result, av.open(str(clip)) as driver:
         stamps = [[float(f.pts * f.time_base) for f in c.decode(video=0)] for c in (result, driver)]
         assert stamps[0] == pytest.approx(stamps[1], abs=1e-6)                  # the frame rate varies
@@ -190,9 +190,9 @@ def test_ctrl_c_says_how_the_next_run_can_start(tmp_path, checkpoint, clip, monk
         return result.stderr.splitlines()[-1]
     photo = ["--photo", PHOTO, "--checkpoint", checkpoint, "--feed-forward", "--driver", clip]
     lost = "--save-person FILE and --save-track FILE"
-    assert said(*photo) == f"stopped: add {lost} to keep what a run has done"
-    kept = ("stopped: start the next run with --person p.pt --driver t.npz (which has no sound) to "
-            "continue from here")
+    assert said(*photo) == f"stopped: next time, add {lost} so that a stopped run keeps its work"
+    kept = ("stopped: to continue from here, start the next run with --person p.pt --driver t.npz (an .npz has "
+            "no sound)")
     assert said(*photo, "--save-person", "p.pt", "--save-track", "t.npz") == kept
     assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # all of it was saved before
 
@@ -285,7 +285,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
 
 @pytest.mark.parametrize("arguments,words", [
     (["infer.py", "--person", "CHECKPOINT", "--driver", str(ROOT / "assets/speech.npz")],
-     "is a meta file, but a person file is needed"),
+     "is a file of another kind (meta): a person file of finetune.py"),
     (["finetune.py", "--photos", "dark.png", "--checkpoint", "CHECKPOINT"], "no face found in dark.png"),
     (["finetune.py", "--photos", str(PHOTO), "--epochs", "0"], "--epochs 0"),
     (["finetune.py", "--photos", str(PHOTO), "--checkpoint", "ff.pt"], "without the match loss"),
@@ -296,7 +296,7 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["infer.py", "--photo", "copy.png", "--views", "--compare", "--motion", "paper"],
      "leave out --motion, --compare"),
     (["infer.py", "--person", "p.pt", "--driver", "dark.mp4", "--checkpoint", "vgg.pt", "--content", "l1"],
-     "--person is a finished person: leave out --checkpoint, --content"),
+     "--person is already learned: leave out --checkpoint, --content"),
     (["infer.py", "--photo", "copy.png", "--views", "--feed-forward", "--as-paper", "--vgg19", "x"],
      "--feed-forward does not fine-tune: leave out --as-paper, --vgg19"),
     (["evaluate.py", "--toy", "--timing", "--ablation", "--out", "x"], "leave out --out, --ablation"),

@@ -69,7 +69,7 @@ def test_frames_that_damage_has_spoilt_are_known(tmp_path, name, codec):
     frames = list(decode.read_video(tmp_path / name, lambda line: None))
     good = [f for f in frames if not decode.is_spoilt(f)]
     assert all(np.array_equal(decode.to_rgb(f), whole[f.pts]) for f in good)
-    assert len(good) >= 30 and frames[-1] in good       # those before the damage, and after the next key frame
+    assert len(good) >= 30 and frames[-1] in good   # before the damage, and from the next key frame
 
 
 def test_a_clip_is_learned_without_the_frames_that_damage_has_spoilt(tmp_path, face, detect, monkeypatch):
