@@ -65,9 +65,9 @@ class Config:
 
 # ------------------------------------------------------------------------------------- blocks
 
-def conv(c_in, c_out, size):
+def conv(c_in, c_out, size, padding="zeros"):
     """A convolution that keeps the resolution, with spectral normalisation as in all layers (Sec. 3.4)."""
-    return spectral_norm(nn.Conv2d(c_in, c_out, size, padding=size // 2))
+    return spectral_norm(nn.Conv2d(c_in, c_out, size, padding=size // 2, padding_mode=padding))
 
 
 class SelfAttention(nn.Module):
@@ -235,7 +235,7 @@ class Generator(nn.Module):
             DownBlock(a, b, first=k == 0, norm=True) for k, (a, b) in enumerate(zip(down, down[1:])))
         self.bottleneck = nn.ModuleList(AdaBlock(N, N) for _ in range(4))
         self.up = nn.ModuleList(AdaBlock(a, b, up=True) for a, b in zip(up, up[1:]))
-        self.to_rgb = conv(up[-1], 3, 3)
+        self.to_rgb = conv(up[-1], 3, 3, "replicate")   # zeros would leave a line at the picture's border
 
         self.attention_down_after = int(math.log2(cfg.image_size // 32))    # in the encoder at 32x32
         self.attention_down = SelfAttention(down[self.attention_down_after])

@@ -115,6 +115,13 @@ def test_blocks_against_their_definition():
     assert torch.allclose(up(x, a, b), h + up.skip(double(x)), atol=1e-5)
 
 
+def test_the_last_convolution_leaves_no_line_at_the_border():
+    G = Generator(Config(64, (8, 16, 16))).eval()
+    flat = torch.rand(1, 8, 1, 1).expand(1, 8, 16, 16)
+    colour = G.to_rgb(flat)
+    assert torch.allclose(colour, colour[:, :, 8:9, 8:9].expand_as(colour), atol=1e-6)
+
+
 def test_an_untrained_generator_has_no_mesh():
     """Nearest upsampling copies the centre of the spectrum to a half and a quarter of the sampling frequency,
     where it shows as a mesh of 2 and 4 pixels on skin. With it, the ratios below are 17 and 5."""
