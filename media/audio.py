@@ -10,7 +10,8 @@ import numpy as np
 
 from media.streams import Damage, decoded, open_media, packets
 
-SILENCE = 0.001     # a stream is silent if samples within a frame differ by no more of full scale
+SILENCE = 0.005     # a frame is silent if its samples differ by no more of full scale; hiss has up to 0.003
+HEARD = 0.1         # a stream is heard if it has this many seconds that are not silent; a click has fewer
 OTHERS = 0.7        # the factor by which channels that are neither left nor right are mixed into both
 
 
@@ -49,10 +50,15 @@ def is_heard(path, index):
         with open_media(path) as container:
             stream = container.streams[index]
             frames = audio_frames(container, stream) if is_known(stream) else ()
-            parts = (part for frame in frames for part in stereo.resample(frame))
-            return any(np.ptp(part.to_ndarray()) > SILENCE for part in parts)
+            seconds = 0.0
+            for part in (part for frame in frames for part in stereo.resample(frame)):
+                loud = np.ptp(part.to_ndarray()) > SILENCE
+                seconds += loud * part.samples / part.sample_rate
+                if seconds > HEARD:
+                    return True
     except (av.FFmpegError, ValueError):
-        return False
+        pass
+    return False
 
 
 def audio_frames(container, stream):

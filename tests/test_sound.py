@@ -309,6 +309,14 @@ def test_many_channels_of_another_codec_are_left_out(tmp_path, capsys):
     assert "its sound cannot be read" in line and "6 channels of pcm_mulaw" in line
 
 
+@pytest.mark.parametrize("unused", [
+    lambda t: 0.0005 * np.random.default_rng(0).standard_normal(t.shape),      # hiss of -66 dB
+    lambda t: 0.8 * (abs(t - 1) < 0.005)])                                      # a click
+def test_a_track_with_hiss_or_a_click_is_not_used(tmp_path, unused):
+    write_sounds(tmp_path / "a.mkv", "pcm_s16le", [[unused, unused], [tone(700), tone(700)]], 16000)
+    assert (heard_in(result_of(tmp_path / "a.mkv"))[:, 1] > 0.3).all()
+
+
 @pytest.mark.parametrize("name,codec", [("a.mkv", "aac"), ("a.mp4", "aac"), ("a.mov", "pcm_s16le"),
                                         ("b.mkv", "libopus")])
 def test_a_silent_track_is_not_used(tmp_path, name, codec):
