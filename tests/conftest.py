@@ -162,6 +162,11 @@ def networks(size=64, num_videos=4, **config):
     return cfg, Embedder(cfg), Generator(cfg), Discriminator(cfg)
 
 
+def pictures(*shape):
+    """Pictures in [-1, 1]: noise around a colour of their own."""
+    return (torch.rand(*shape, 3, 64, 64) + torch.rand(*shape, 3, 1, 1) - 1)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny, untrained checkpoint as of meta-learning."""

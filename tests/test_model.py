@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from conftest import networks
+from conftest import networks, pictures
 from model import (AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain,
                    upsample_conv)
 from runtime.checkpoint import load_checkpoint
@@ -191,3 +191,45 @@ def test_w_can_be_trained_row_by_row():
     D = networks()[3]
     D.rows(torch.tensor([1, 1])).sum().backward()
     assert D.W.grad.tolist() == [[0.0] * 16, [2.0] * 16, [0.0] * 16, [0.0] * 16]
+
+
+def test_pooling_is_relu_then_the_sum_by_hand():
+    """A.4: ReLU, then global sum pooling, of the last block's output."""
+    cfg, E, G, D = networks()
+    for net in (E.net, D.V):
+        v, features = net.eval()(pictures(2), pictures(2))
+        by_hand = torch.zeros(2, 16)
+        for r in range(4):
+            for c in range(4):
+                by_hand += features[-1][:, :, r, c].clamp(min=0)
+        assert (features[-1] < 0).any() and torch.allclose(v, by_hand, atol=1e-4)
+
+
+def test_psi_gain_scales_psi():
+    plain, gained = (networks()[2].eval() for _ in range(2))
+    gained.P.gain.fill_(8.0)
+    e, y = torch.rand(2, 16) * 5, pictures(2)
+    assert torch.allclose(gained.project(e), 8 * plain.project(e), atol=1e-5)
+    assert (gained(y, e) - plain.render(y, 8 * plain.project(e))).abs().max() < 1e-4
+    assert torch.allclose(plain.project(2 * e), 2 * plain.project(e), atol=1e-6)    # P is a matrix
+
+
+def test_the_generator_depends_on_the_person_and_on_the_pose():
+    cfg, E, G, D = networks()
+    with torch.no_grad():
+        e, y = 20 * torch.rand(2, 16), pictures(2)
+        same_y, same_e = G.eval()(y[:1].expand(2, -1, -1, -1), e), G(y, e[:1].expand(2, -1))
+    assert all((pair[0] - pair[1]).abs().mean() > 0.01 for pair in (same_y, same_e))
+    psi = G.project(e[:1]).detach().requires_grad_()
+    G.render(y[:1], psi).square().sum().backward()
+    assert (psi.grad != 0).float().mean() > 0.7     # every gamma and beta matters, except for dead units
+
+
+def test_w_starts_like_the_embeddings():
+    """W is uniform around 0.5, positive like embeddings and of little spread; w0 is around zero."""
+    torch.manual_seed(0)
+    D = Discriminator(Config(64, (8, 16, 64), num_videos=500))
+    assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6
+    assert D.W.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert D.W.std().item() == pytest.approx(0.2 * 12 ** -.5, abs=0.005) and D.W[0].ne(D.W[1]).all()
+    assert 0 < D.w0.abs().max() <= 1 / 8 and D.w0.min() < 0 < D.w0.max()

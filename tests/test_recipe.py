@@ -5,29 +5,21 @@ Each of 60 mutants of the code (one update of D, e of the first frame, a weight 
 fails one of these, or one of test_losses.py and test_model.py.
 """
 import copy
-import functools
-import importlib
-import sys
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import meta_train
-from beyond.average import update_average
 from beyond.likeness import OtherPoses, other_poses
 from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
-from conftest import PHOTO, ROOT, TINY_FLAGS, networks
+from conftest import networks, pictures
 from data import draw_landmarks, to_float
 from finetune import embed, finetune
 from losses import ContentLoss
 from meta_train import make_optimizers, train_step
-from model import Config, Discriminator
 from runtime import device
-from runtime.checkpoint import load_checkpoint
-from runtime.files import UserError
 from runtime.resume import LOGGED
 
 
@@ -48,11 +40,6 @@ def standing_still(*nets):
         for module in net.modules():
             if hasattr(module, "n_power_iterations"):
                 module.n_power_iterations = 0
-
-
-def pictures(*shape):
-    """Pictures in [-1, 1]: noise around a colour of their own."""
-    return (torch.rand(*shape, 3, 64, 64) + torch.rand(*shape, 3, 1, 1) - 1)
 
 
 def near_the_hinge(D, w, x, y):
@@ -199,146 +186,6 @@ def test_rates_fall_linearly_to_0():
     assert [o.param_groups[0]["lr"] for o in optimizers] == [2.5e-5, 1e-4]
 
 
-# ---------------------------------------------------------------------------------------------- the long run
-
-class Few(ToyHeads):
-    """Three people with one frame each, which are drawn only once, to be fast."""
-    draw = functools.cache(ToyHeads.draw)
-
-    def load(self, i, ts):
-        frames, points = self.draw(i, 0)
-        return np.stack([frames] * len(ts)), np.stack([points] * len(ts))
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """A function run(step, *flags): meta_train.main() on three people, with `step` instead of train_step."""
-    def start(step, *flags, rates=[]):
-        def train_step(E, G, D, content, optimizers, row, x, y, match_weight):
-            assert match_weight == (0 if "--no-match" in flags else 10)
-            rates.append([o.param_groups[0]["lr"] for o in optimizers])
-            step(E, G, D, row, x)
-            return {name: torch.zeros(()) for name in LOGGED}
-        monkeypatch.setattr(meta_train, "train_step", train_step)
-        monkeypatch.setattr(meta_train, "PreparedVideos", lambda folder, size, *rest: Few(3, size))
-        monkeypatch.setattr(meta_train, "sample_grid", lambda *rest, **names: None)
-        small = "--image-size 64 --channels 8 16 16 --content l1 --out".split()
-        monkeypatch.setattr(sys, "argv", ["meta_train.py", *small, str(tmp_path / "run"), *map(str, flags)])
-        meta_train.main()
-        return tmp_path / "run"
-    return start
-
-
-@pytest.mark.parametrize("flags,steps", [([], 113), (["--no-match"], 225)])     # 3 people, batches of 2
-def test_default_epochs(run, flags, steps):
-    """An epoch has as many episodes as there are videos. There are 75 epochs, or 150 for the FF variant."""
-    seen = []
-    folder = run(lambda E, G, D, row, x: seen.append(tuple(x.shape[:2])), "--batch", 2, "--K", 1, *flags)
-    assert len(seen) == steps and set(seen) == {(2, 2)}
-    state = load_checkpoint(folder / f"step-{steps}.pt")
-    assert state["step"] == steps and state["config"].match == (not flags)
-
-
-def test_the_rates_of_a_run_with_linear_decay(run):
-    rates = []
-    flags = "--steps", 4, "--batch", 1, "--K", 1, "--lr", 1e-3, "--lr-d", 2e-3
-    run(lambda *step: None, *flags, "--linear-decay", rates=rates)
-    assert np.allclose(rates, np.array([[1e-3, 2e-3]]) * [[1], [0.75], [0.5], [0.25]])
-
-
-def test_another_content_loss_is_another_run(run, monkeypatch, tmp_path):
-    """Otherwise `--resume` without --vgg19 and --vggface would continue with another content loss."""
-    monkeypatch.setattr(meta_train, "ContentLoss", lambda *files: torch.nn.Identity())
-    flags = "--batch", 1, "--K", 1, "--content", "vgg", "--steps"
-    for name in ("a.mat", "b.mat"):
-        (tmp_path / name).touch()
-    vgg = "--vgg19", tmp_path / "a.mat", "--vggface", tmp_path / "b.mat"
-    run(lambda *step: None, *flags, 1, *vgg)
-    with pytest.raises(UserError, match="--vgg19 was a.mat, now None; --vggface was b.mat, now None"):
-        run(lambda *step: None, *flags, 2, "--resume")
-    assert (run(lambda *step: None, *flags, 2, *vgg, "--resume") / "step-2.pt").exists()
-
-
-def test_default_batch_and_k_are_the_papers(run):
-    seen = []
-    folder = run(lambda E, G, D, row, x: seen.append((x.shape, row, D.W.detach().clone())), "--steps", 1)
-    (shape, row, W), = seen
-    assert shape == (48, 9, 3, 64, 64) and set(row.tolist()) == {0, 1, 2}   # 1 + 8 frames (A.1)
-    assert load_checkpoint(folder / "step-1.pt")["config"] == Config(64, (8, 16, 16), 3, "dlib", content="l1")
-    # the initial W of a run
-    assert W.shape == (3, 16) and 0.4 <= W.min() < 0.45 and 0.55 < W.max() <= 0.6
-
-
-def test_moving_average_by_hand(run, monkeypatch):
-    """The checkpoint holds a := d a + (1 - d) p of every step n, d = min(decay, n / (n + 10))."""
-    numbers, at_first = {1: 2.0, 2: -1.0, 3: 5.0}, []
-
-    def step(E, G, D, row, x):
-        pick = E.net.blocks[0].conv1.bias, G.to_rgb.bias
-        at_first.append([p.detach().clone() for p in pick])
-        for p in pick:
-            p.data.fill_(numbers[len(at_first)])
-    monkeypatch.setitem(meta_train.PAPER, "ema", 0.15)
-    state = load_checkpoint(run(step, "--steps", 3, "--batch", 1, "--K", 1) / "step-3.pt")
-    for key, a in zip(("E.net.blocks.0.conv1.bias", "G.to_rgb.bias"), at_first[0]):
-        for n, d in ((1, 1 / 11), (2, 0.15), (3, 0.15)):
-            a = d * a + (1 - d) * numbers[n]
-        assert torch.allclose(state[key], a, atol=1e-5), key
-
-
-def test_a_moving_average_leaves_what_has_no_mean():
-    """The vectors of spectral normalisation and all other buffers are copied, not averaged."""
-    average, net = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    nn.init.constant_(average.weight, 1.0), nn.init.constant_(net.weight, 3.0), net.running_mean.fill_(7.0)
-    update_average([average], [net], 0.75)
-    assert average.weight.tolist() == [1.5, 1.5] and net.weight.tolist() == [3, 3]
-    assert average.running_mean.tolist() == [7, 7] and average.weight.requires_grad
-
-
-# --------------------------------------------------------------------------------------------- the networks
-
-def test_pooling_is_relu_then_the_sum_by_hand():
-    """A.4: ReLU, then global sum pooling, of the last block's output."""
-    cfg, E, G, D = networks()
-    for net in (E.net, D.V):
-        v, features = net.eval()(pictures(2), pictures(2))
-        by_hand = torch.zeros(2, 16)
-        for r in range(4):
-            for c in range(4):
-                by_hand += features[-1][:, :, r, c].clamp(min=0)
-        assert (features[-1] < 0).any() and torch.allclose(v, by_hand, atol=1e-4)
-
-
-def test_psi_gain_scales_psi():
-    plain, gained = (networks()[2].eval() for _ in range(2))
-    gained.P.gain.fill_(8.0)
-    e, y = torch.rand(2, 16) * 5, pictures(2)
-    assert torch.allclose(gained.project(e), 8 * plain.project(e), atol=1e-5)
-    assert (gained(y, e) - plain.render(y, 8 * plain.project(e))).abs().max() < 1e-4
-    assert torch.allclose(plain.project(2 * e), 2 * plain.project(e), atol=1e-6)    # P is a matrix
-
-
-def test_the_generator_depends_on_the_person_and_on_the_pose():
-    cfg, E, G, D = networks()
-    with torch.no_grad():
-        e, y = 20 * torch.rand(2, 16), pictures(2)
-        same_y, same_e = G.eval()(y[:1].expand(2, -1, -1, -1), e), G(y, e[:1].expand(2, -1))
-    assert all((pair[0] - pair[1]).abs().mean() > 0.01 for pair in (same_y, same_e))
-    psi = G.project(e[:1]).detach().requires_grad_()
-    G.render(y[:1], psi).square().sum().backward()
-    assert (psi.grad != 0).float().mean() > 0.7     # every gamma and beta matters, except for dead units
-
-
-def test_w_starts_like_the_embeddings():
-    """W is uniform around 0.5, positive like embeddings and of little spread; w0 is around zero."""
-    torch.manual_seed(0)
-    D = Discriminator(Config(64, (8, 16, 64), num_videos=500))
-    assert 0.4 <= D.W.min() < 0.41 and 0.59 < D.W.max() <= 0.6
-    assert D.W.mean().item() == pytest.approx(0.5, abs=0.02)
-    assert D.W.std().item() == pytest.approx(0.2 * 12 ** -.5, abs=0.005) and D.W[0].ne(D.W[1]).all()
-    assert 0 < D.w0.abs().max() <= 1 / 8 and D.w0.min() < 0 < D.w0.max()
-
-
 # ------------------------------------------------------------------------------------ Sec. 3.3, eq. 7-10
 
 class Others:
@@ -443,34 +290,3 @@ def test_likeness_by_hand():
         v = network.vectors(x_o, network.points)
         cosine = (v * who).sum(1) / (v.norm(dim=1) * who.norm())
         assert loss.item() == pytest.approx(20 * (1 - cosine.mean().item()), rel=1e-4)
-
-
-# --------------------------------------------------------------------------------------------------- on a GPU
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_every_stage_on_a_gpu(tmp_path, monkeypatch):
-    """Training, resumed; fine-tuning; rendering with and without it; scores.
-
-    With CUDA, as the scripts choose it.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        importlib.import_module(name).main()
-    monkeypatch.setitem(meta_train.TOY, "ema", 0.9)
-    for steps in (1, 2):
-        call("meta_train", *TINY_FLAGS, "--steps", steps, "--out", "run", "--resume")
-    common, track = ("--checkpoint", "run/step-2.pt"), ROOT / "assets/speech.npz"
-    call("finetune", "--photos", PHOTO, *common, "--epochs", 2, "--out", "p.pt")
-    call("infer", "--person", "p.pt", "--driver", track)
-    call("infer", "--photo", PHOTO, "--driver", track, *common, "--feed-forward", "--out", "ff.mp4")
-    call("evaluate", "--toy", *common, "--videos", 1, "--shots", 1, "--holdout", 2)
-    for name in ("result.mp4", "ff.mp4", "runs/eval/table.md", "p.pt"):
-        assert (tmp_path / name).stat().st_size > 100
-    cfg, E, G, D = networks()
-    y, e = pictures(2), torch.rand(2, 16) * 5
-    with torch.no_grad():
-        on_cpu, on_gpu = G.eval()(y, e), G.cuda()(y.cuda(), e.cuda()).cpu()
-    assert (on_cpu - on_gpu).abs().max() < 0.05                                 # TF32
