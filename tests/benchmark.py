@@ -93,10 +93,7 @@ def flops(function):
 
 
 def upsample_conv_saves(G):
-    """The operations per 256-pixel frame that G saves by folding model.upsample_conv.
-
-    Of 9 products at every pixel of its output, 4 remain.
-    """
+    """The operations per frame that model.upsample_conv saves: of 9 products at every pixel, 4 remain."""
     widths = [[size // 2 for size in block.psi_sizes] for block in G.up]
     return sum(2 * (9 - 4) * c_in * c_out * (16 << k) ** 2 for k, (c_in, c_out) in enumerate(widths, 1))
 
@@ -124,19 +121,18 @@ def generator():
             for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
                 net_, inputs = copy.deepcopy(net).to(dtype), (y.to(dtype), psi.to(dtype))
                 runs[f"{kind} {name}"] = lambda net=net_, inputs=inputs: net.render(*inputs)
-        rates = {"float32": 2 * 2048 ** 3, "bfloat16": 2 * 2048 ** 3}
         times = best(runs | {"float32": matmul(torch.float32), "bfloat16": matmul(torch.bfloat16)})
     print(f"generator, 256 pixels, one frame: {work / 2e9:.1f} GMAC in the paper's layers, on which the "
-          f"shares are based; folding leaves {computed / 2e9:.1f} of them\n"
+          f"shares are based; upsample_conv leaves {computed / 2e9:.1f} of them\n"
           f"folding changes the picture by at most {difference:.1e}")
     row("", "ms per frame", "GFLOP/s", "share")
     row("float32 unfolded", f"{unfolded * 1e3:.0f}")
     for name in runs:
-        rate = rates[name.split()[0]] / times[name.split()[0]]
+        rate = 2 * 2048 ** 3 / times[name.split()[0]]
         row(name, f"{times[name] * 1e3:.0f}", f"{work / times[name] / 1e9:.0f}",
             f"{work / times[name] / rate:.0%}")
-    for name in rates:
-        row(f"matrix product {name}", f"{times[name] * 1e3:.0f}", f"{rates[name] / times[name] / 1e9:.0f}")
+    for name in ("float32", "bfloat16"):
+        row(f"matrix product {name}", f"{times[name] * 1e3:.0f}", f"{2 * 2048 ** 3 / times[name] / 1e9:.0f}")
 
 
 def random_vgg():
@@ -162,7 +158,7 @@ def step():
         x, y = torch.rand(2, batch, 9, 3, 256, 256, device=DEVICE) * 2 - 1
         index = torch.zeros(batch, dtype=torch.long, device=DEVICE)
         one_step = lambda: meta_train.train_step(E, G, D, content, optimizers, index, x, y)
-        for kind in ("float32", "bfloat16"):
+        for kind in ("float32", "bfloat16"):    # autocast() asks this function
             device.fast_dtype = lambda device, dtype=getattr(torch, kind): dtype
             work = flops(one_step)
             times = best({"step": one_step, "product": matmul(getattr(torch, kind))}, 3 if batch == 1 else 1)
@@ -178,7 +174,7 @@ def step():
 
 
 def w():
-    """The time that W takes in a step, by its number of rows: two updates of all rows, as D has two."""
+    """The time that W takes in a step, by its number of rows: a step updates D, and so all rows, twice."""
     runs = {}
     for videos in (1_000, 18_139, 145_112):     # a small data set, VoxCeleb2 on eight ranks, VoxCeleb2 on one
         W = torch.nn.Parameter(torch.rand(videos, 512, device=DEVICE))
@@ -192,7 +188,7 @@ def w():
                 optimizer.step()
         runs[videos] = run
     times = best(runs, 10)
-    print("W: gather, gradient and two steps of Adam for 6 rows; memory with gradient and Adam's averages")
+    print("W: gather and gradient for a batch of 6, and two steps of Adam on all rows; memory of all of it")
     for videos, seconds in times.items():
         row(f"{videos} videos", f"{seconds * 1e3:.1f} ms", f"{videos * 512 * 4 * 4 / 1e6:.0f} MB")
 
@@ -233,7 +229,7 @@ def data_():
                 start = time.perf_counter()
                 subprocess.run(command, check=True, capture_output=True)
                 seconds.append(time.perf_counter() - start)
-            rates.append(3200 / (seconds[1] - seconds[0]))
+            rates.append((40 - 8) * 100 / (seconds[1] - seconds[0]))       # 100 frames a clip
         row("the whole command without its start, 1 and 2 workers",
             *(f"{r:.0f} frames/s" for r in rates), f"ratio {rates[1] / rates[0]:.2f}")
         episodes = data.Episodes(data.PreparedVideos(f"{folder}/p"), 8, 6)
