@@ -10,6 +10,7 @@ import os
 from itertools import chain
 from typing import NamedTuple
 
+OVERRUN = 5     # seconds, at most, that sound is taken to last longer than the picture before a joint
 TRIES = 10      # packets() gives up after this many errors in a row, as mpv does
 
 
@@ -165,7 +166,9 @@ class Clock:
                 self.offset += shift
             time = following
         if self.joints and time * self.base >= self.joints[0].begins:
-            return None
+            if time * self.base < self.joints[0].begins + OVERRUN:
+                return None
+            self.joints.pop(0)      # the times of the sound do not start again there
         self.last = time
         return time
 
