@@ -187,7 +187,7 @@ def fan_folder():
 
 def no_fan_weights(error):
     return UserError(f"cannot download or load the weights of face-alignment ({error}): put the files into "
-                     f"{fan_folder()} yourself, or use data.py --landmarks dlib and a checkpoint of these")
+                     f"{fan_folder()} yourself, or use dlib's landmarks (data.py --landmarks dlib)")
 
 
 def rescaled(image, scale):
