@@ -5,7 +5,6 @@
         for frame in shown(container, stream, damage):
             ...
 """
-import math
 import os
 from itertools import chain
 from typing import NamedTuple
@@ -45,7 +44,7 @@ class Damage:
 
     def __init__(self):
         self.packets = 0    # the number of damaged packets
-        self.times = []     # the times of these packets, or of the ones after them
+        self.times = []     # the times of these packets, or of those after them, since the latest key frame
         self.spoilt = set() # the times of frames that shown() yielded but that refer to damaged ones
         self.end = None     # the reason, in words, if reading stopped before the end of the file
 
@@ -60,7 +59,7 @@ def packets(container, stream, damage):
     while True:
         try:
             for packet in container.demux(stream):
-                if tries:
+                if tries and packet.pts is not None:
                     damage.times.append(packet.pts)
                 tries = 0
                 if packet.size:     # an empty packet would end the decoding
@@ -82,7 +81,8 @@ def decoded(container, stream, damage):
             frames = stream.decode(packet)
         except av.FFmpegError:
             damage.packets += 1
-            damage.times.append(packet and packet.pts)
+            if packet and packet.pts is not None:
+                damage.times.append(packet.pts)
             continue
         yield from frames
 
@@ -123,14 +123,14 @@ def shown(container, stream, damage):
     Frames after a damaged packet, up to the next key frame, are predicted from pictures that were lost: their
     times are added to damage.spoilt.
     """
-    clock, complete = picture_clock(stream), -math.inf      # complete: the time of the latest key frame
+    clock = picture_clock(stream)
     for frame in in_order(decoded(container, stream, damage), damage, stream.time_base):
         stored = frame.pts
         frame.pts, frame.time_base = clock.increasing(frame.pts), stream.time_base
         if stored is not None:
-            complete = stored if frame.key_frame else complete
-            lost = any(time is not None and complete < time <= stored for time in damage.times)
-            if lost or frame.is_corrupt:
+            if frame.key_frame:
+                damage.times = [time for time in damage.times if time > stored]
+            if frame.is_corrupt or any(time <= stored for time in damage.times):
                 damage.spoilt.add(frame.pts)
         yield frame
 
