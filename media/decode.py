@@ -60,7 +60,7 @@ def words_on_loss(count, expected, damage):
     """
     missing = count < 0.95 * expected - 1       # a tolerance, because some containers' counts are a bit wrong
     if not missing and not damage.packets and not damage.end:
-        return None
+        return f"{len(damage.spoilt)} of {count} frames are damaged" if damage.spoilt else None
     frames = f"{count} of about {expected:.0f} frames" if count < expected else f"{count} frames"
     why = [f"damaged packets: {damage.packets}"] if damage.packets else []
     if damage.end or not why:
@@ -86,10 +86,11 @@ def count_frames(path):
 
 
 def is_animated_webp(path):
-    if not os.path.isfile(path):
+    try:
+        with open(path, "rb") as file:
+            head = file.read(21)
+    except OSError:     # read_video() tells why
         return False
-    with open(path, "rb") as file:
-        head = file.read(21)
     return len(head) == 21 and head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 

@@ -54,7 +54,7 @@ class Sound:
         index = main_audio(path)
         if index is None:
             return
-        self.joints = find_joints(path)
+        self.joints = find_joints(path, index)
         self.source = open_media(path)
         audio = self.source.streams[index]
         if not is_known(audio):

@@ -44,7 +44,7 @@ class Damage:
 
     def __init__(self):
         self.packets = 0    # the number of damaged packets
-        self.times = []     # the times of these packets, or of those after them, since the latest key frame
+        self.times = []     # the times of what is damaged since the latest key frame
         self.spoilt = set() # the times of frames that shown() yielded but that refer to damaged ones
         self.end = None     # the reason, in words, if reading stopped before the end of the file
 
@@ -130,7 +130,9 @@ def shown(container, stream, damage):
         if stored is not None:
             if frame.key_frame:
                 damage.times = [time for time in damage.times if time > stored]
-            if frame.is_corrupt or any(time <= stored for time in damage.times):
+            if frame.is_corrupt:
+                damage.times.append(stored)
+            if any(time <= stored for time in damage.times):
                 damage.spoilt.add(frame.pts)
         yield frame
 
@@ -145,25 +147,27 @@ class Clock:
     def __init__(self, base, step, joints=()):
         self.base = base                # the unit of the times, in seconds
         self.step = max(1, step)        # the usual difference of two times, in units of base
-        self.joints = list(joints)      # from find_joints(), if this is the clock of a recording's sound
+        self.joints = list(joints)      # from find_joints(), for the sound of a joined recording
+        self.follows = bool(joints)     # whether it follows the picture's clock, and late packets are dropped
         self.last, self.offset = None, 0
 
     def increasing(self, time):
         """A time in units of base, or None if there is none -> a time that is later than the one before.
 
-        Returns None for sound to drop, because the picture of the next part of a joined recording has begun.
+        Returns None for the sound of a joined recording that must be dropped, because two parts overlap.
         """
         if time is not None:
             time += self.offset
+        if self.joints and None not in (time, self.last) and (self.last - time) * self.base > 1:
+            shift = round(self.joints.pop(0).shift / self.base) - self.offset
+            self.offset += shift
+            time += shift
         if time is None or (self.last is not None and time <= self.last):
+            if self.follows:
+                return None
             following = 0 if self.last is None else self.last + self.step
             if time is not None and (self.last - time) * self.base > 1:
-                # the times start again, so shift all that follow, sound and picture alike
-                shift = following - time
-                if self.joints:
-                    shift = round(self.joints.pop(0).shift / self.base) - self.offset
-                    following = max(following, time + shift)
-                self.offset += shift
+                self.offset += following - time     # the times start again, so shift all that follow
             time = following
         if self.joints and time * self.base >= self.joints[0].begins:
             if time * self.base < self.joints[0].begins + OVERRUN:
@@ -174,27 +178,41 @@ class Clock:
 
 
 class Joint(NamedTuple):
-    """Where the next file of a recording that was joined from several begins. Times are in seconds."""
-    begins: float       # when the picture of the new part begins
-    shift: float        # how much later than its stored times the new part is shown
+    """Where the sound of a recording that was joined from several files starts again. In seconds."""
+    begins: float       # when the picture of the next part begins, after which the sound before is dropped
+    shift: float        # how much later than its stored times the sound behind the joint is heard
 
 
-def find_joints(path):
-    """-> [Joint] of the picture of a recording that was joined from several files.
+def find_joints(path, sound):
+    """-> [Joint] of a recording that was joined from several files. sound: the index of its audio stream.
 
-    The times of all its streams start again at a joint. The sound has to follow the picture's clock there,
-    because it may end a little before or after the picture of its part.
+    The times of all streams start again at a joint. The sound has to follow the picture's clock there,
+    because it may end before or after the picture of its part, and a part may have no sound.
     """
     with open_media(path) as container:
         stream = main_video(container)
         if stream is None or container.format.name not in ("mpegts", "mpeg"):   # only these can be appended
             return []
-        clock, joints = picture_clock(stream), []
-        for packet in packets(container, stream, Damage()):
+        clock, last = picture_clock(stream), None
+        parts, restarts = [], []    # of the picture: (place in the file, begins, shift); of the sound: place
+        both = [stream, container.streams[sound]]
+        for packet in packets(container, both, Damage()):
+            if packet.dts is None:
+                continue
+            if packet.stream is both[1]:
+                if last is not None and (last - packet.dts) * packet.time_base > 1:
+                    restarts.append(packet.pos or 0)
+                last = packet.dts
+                continue
             before, time = clock.offset, clock.increasing(packet.dts)
             if clock.offset != before:
                 delay = (packet.pts or packet.dts) - packet.dts     # from decoding to showing a frame
-                joints.append(Joint((time + delay) * clock.base, clock.offset * clock.base))
+                parts.append((packet.pos or 0, (time + delay) * clock.base, clock.offset * clock.base))
+    joints, part = [], 0        # part: how many joints of the picture are before the sound's current part
+    for place in restarts if parts else ():
+        number = min(range(len(parts)), key=lambda k: abs(parts[k][0] - place))
+        joints.append(Joint(parts[min(part, number)][1], parts[number][2]))
+        part = number + 1
     return joints
 
 

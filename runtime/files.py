@@ -176,6 +176,8 @@ def problem_of_input(path):
         return f"{path} is a folder, but a file is needed"
     if not os.path.isfile(path):
         return f"no file {path}"
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read, because its permissions forbid it"
     return None
 
 
@@ -195,7 +197,7 @@ def problem_of_output(path, inputs):
         return "it is a folder"
     if mode is not None and not stat.S_ISREG(mode):     # a device, a pipe, or a link to itself
         return "it is not a regular file"
-    name = os.path.dirname(path) or "."
+    name = folder if os.path.islink(path) else os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         return f"no folder {name} to write to"
     if not os.access(folder, os.W_OK):

@@ -65,40 +65,6 @@ def test_channels_that_change_are_heard_to_the_end(tmp_path):
     assert np.abs(heard[-24000:-9600]).mean() > 0.3
 
 
-@pytest.mark.parametrize("codec,spoken", [("aac", 1.6), ("aac", 2.3), ("mp2", 2.3)])     # mp2 is re-encoded
-def test_sound_and_picture_of_joined_files_stay_in_step(tmp_path, codec, spoken):
-    """Three parts of 2 seconds, whose sound is shorter or longer. Each begins with a tenth of a tone."""
-    rate = 48000
-    at = np.arange(round(spoken * rate))
-    tone = np.sin(at / 5) * (at < rate / 10) / 2
-    with av.open(str(tmp_path / "part.ts"), "w") as out:
-        video, audio = out.add_stream("libx264", rate=25), out.add_stream(codec, rate=rate, layout="mono")
-        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        note = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], format="fltp", layout="mono")
-        note.sample_rate, note.pts, note.time_base = rate, 0, Fraction(1, rate)
-        sounds = audio.encode(note) + audio.encode()
-        for k in range(50):
-            frame = np.full((64, 64, 3), 255 * (k == 0), np.uint8)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(video.encode())
-        out.mux(sounds)
-    (tmp_path / "joined.ts").write_bytes((tmp_path / "part.ts").read_bytes() * 3)
-    frames = list(decode.read_video(tmp_path / "joined.ts"))
-    pts = np.array([frame.pts for frame in frames])
-    base = frames[0].time_base
-    pictures = [decode.to_rgb(frame) for frame in frames]
-    encode.write_video(tmp_path / "out.mp4", pictures, pts, base.as_integer_ratio(), tmp_path / "joined.ts")
-
-    flashes = [float(f.pts * f.time_base) for f in decode.read_video(tmp_path / "out.mp4")
-               if decode.to_rgb(f).mean() > 128]
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        loud = np.concatenate([f.time + np.flatnonzero(abs(f.to_ndarray()[0]) > 0.1) / rate
-                               for f in container.decode(audio=0)])
-    beeps = loud[np.diff(loud, prepend=-1) > 1]
-    assert len(flashes) == 3
-    assert beeps == pytest.approx(flashes, abs=0.08)
-
-
 def test_sound_that_mp4_cannot_hold_is_encoded_again(tmp_path):
     write_sound(tmp_path / "a.avi", "pcm_s16le", rate=16000, frames=25)
     encode.write_video(tmp_path / "out.mp4", black(25), np.arange(25), (1, 25), tmp_path / "a.avi")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from conftest import moving, write_clip
-from media import decode, faces, folders, sound, streams, tracking
+from media import decode, faces, folders, sound, tracking
 from runtime.files import UserError
 
 DAMAGED = (12, 13, 26)      # the numbers of packets among 40, with a key frame every 10
@@ -112,12 +112,6 @@ def test_two_passes_agree_although_frames_are_missing_in_the_second(tmp_path, fa
     fewer = list(folders.faces_in(tmp_path / "a.mp4", detect, 64))
     assert len(shots) == 12 and len(fewer) == 11
     assert all(np.array_equal(a.image, b.image) for a, b in zip(fewer, shots[:3] + shots[4:]))
-
-
-def test_sound_that_does_not_start_again_at_a_joint_goes_on():
-    clock = streams.Clock(Fraction(1, 10), 1, [streams.Joint(begins=2.0, shift=2.0)])
-    times = [clock.increasing(k) for k in range(100)]
-    assert times == [*range(20), *[None] * 50, *range(70, 100)]
 
 
 # ------------------------------------------------------------------------------------- sizes that change
