@@ -58,6 +58,7 @@ class Follower:
         """
         self.detector, self.recognition, self.turns = detector, recognition, turns
         self.people, self.person = [], None     # all who were followed, and who is followed now
+        self.scenes = []            # for report(): a Person for each time that a face was chosen
         self.compared = -math.inf   # when faces were last compared with the people, in seconds
         self.face = None            # the followed face as it was last seen
         self.seen = -math.inf       # the time of that, in seconds
@@ -85,6 +86,8 @@ class Follower:
             faces, chosen = self.return_to_person(faces, chosen, image, seconds)
         else:
             faces, chosen = self.choose(image, seconds, cut)
+            if chosen is not None:
+                self.scenes = [*sorted(self.scenes, key=Person.weight)[1 - PEOPLE:], Person(1.0)]
         if chosen is None:
             self.missed += 1
             return None
@@ -95,6 +98,7 @@ class Follower:
         self.face, self.seen, self.missed = chosen, seconds, 0
         points = self.detector.landmarks(image, chosen)
         self.person.followed(image, points, chosen.score)
+        self.scenes[-1].followed(image, points, chosen.score)
         return points
 
     def find_again(self, image):
@@ -201,17 +205,17 @@ class Follower:
                 words.append(f"returned to the same person (times: {self.returns})")
         others = self.frames_of_others()
         if others:
-            words.append(f"{others} of {self.looks} frames follow somebody else, because the person who was "
-                         "followed longest was not visible")
+            words.append(f"{others} of {self.looks} frames follow somebody who looks unlike the person in "
+                         "the others")
         return f"{path}: " + "; ".join(words) if words else None
 
     def frames_of_others(self):
-        """The number of frames that follow somebody who looks unlike the person who was followed longest."""
-        if self.recognition is None or len(self.people) < 2:
+        """The number of frames that follow somebody who looks unlike the person in the longest scene."""
+        if self.recognition is None or len(self.scenes) < 2:
             return 0
-        vectors = {person: person.vector(self.recognition) for person in self.people}
-        main = vectors[max(self.people, key=Person.weight)]
-        return sum(p.frames for p, vector in vectors.items() if vector @ main < self.recognition.strangers)
+        vectors = {scene: scene.vector(self.recognition) for scene in self.scenes}
+        main = vectors[max(self.scenes, key=Person.weight)]
+        return sum(s.frames for s, vector in vectors.items() if vector @ main < self.recognition.strangers)
 
 
 def is_near(face, last):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from media.crops import MADE_UP
 from media.faces import landmark_detector
 from media.folders import evenly, faces_in, find_sequences, first_names
-from media.recognition import are_several, dlib_recognition
+from media.recognition import are_several, tell_apart
 from runtime.device import free_memory, usable_cores
 from runtime.files import UserError, leave_on_signals, make_folder, raise_if_out_of_memory, save_tensors
 
@@ -100,15 +100,15 @@ def results(jobs, kind, workers):
 
 # ------------------------------------------------------------------------------- in the worker processes
 
-_detect = _recognise = None     # built once in each worker
+_detect = _recognition = None   # built once in each worker
 _stopped = False                # whether this worker has received a signal
 
 
 def _start_worker(kind):
-    global _detect, _recognise
+    global _detect, _recognition
     leave_on_signals(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     torch.set_num_threads(1)
-    _detect, _recognise = landmark_detector(kind), dlib_recognition()
+    _detect, _recognition = landmark_detector(kind), tell_apart()
 
 
 def _job(*arguments):
@@ -131,9 +131,9 @@ def _prepare(files, out, size, max_frames):
     for number, file in enumerate(files):
         try:
             share = max_frames // len(files)
-            for shot in faces_in(file, _detect, size, share, problems.append):
+            for shot in faces_in(file, _detect, size, share, problems.append, _recognition):
                 if number in compared and number not in numbers:
-                    vectors.append(_recognise(shot.image, shot.points))
+                    vectors.append(_recognition.vector(shot.image, shot.points))
                 buffer = io.BytesIO()
                 Image.fromarray(shot.image).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))

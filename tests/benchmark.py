@@ -209,7 +209,7 @@ def data_():
     with tempfile.TemporaryDirectory() as folder:
         clip(f"{folder}/a.mp4", 100, 224)
         parts = lambda: [detect(decode.to_rgb(f)) for f in decode.read_video(f"{folder}/a.mp4")]
-        prepare._detect, prepare._recognise = detect, recognition.dlib_recognition()
+        prepare._detect, prepare._recognition = detect, recognition.tell_apart()
         whole = lambda: prepare._prepare([Path(f"{folder}/a.mp4")], f"{folder}/p/a.pt", 256, 0)
         times = best({"parts": parts, "whole": whole}, 3)
         print("data, one core")

@@ -28,6 +28,16 @@ def test_a_new_folder_in_a_read_only_one_is_refused_in_plain_words(tmp_path, mon
         files.make_folder(str(tmp_path / "new"))
 
 
+def test_a_file_without_permission_and_a_link_to_nowhere_are_told(tmp_path, monkeypatch):
+    (tmp_path / "link.mp4").symlink_to("/nowhere/a.mp4")
+    with pytest.raises(UserError, match="cannot write .*link.mp4: no folder /nowhere to write to"):
+        check_paths([], [str(tmp_path / "link.mp4")])
+    (tmp_path / "secret.mp4").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="secret.mp4 cannot be read, because its permissions forbid it"):
+        check_paths([str(tmp_path / "secret.mp4")])
+
+
 def test_a_link_is_kept_and_its_target_is_written(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/real.mp4").write_text("old")

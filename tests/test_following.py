@@ -136,7 +136,18 @@ def test_the_user_hears_of_somebody_else_who_is_followed(tmp_path, face, other, 
         write_clip(tmp_path / name, frames, np.arange(100) * 512)
         tracking.track_video(tmp_path / name, detect, complain=said.append, recognition=tell_apart())
     line, = said
-    assert "two.mp4: 4" in line and "of 100 frames follow somebody else" in line
+    assert "two.mp4: 4" in line and "of 100 frames follow somebody who looks unlike" in line
+
+
+def test_a_cut_to_somebody_at_the_same_place_is_told(tmp_path, face, other, detect):
+    """A flash looks like a cut, too, but after it the same person is there."""
+    said, dark = [], [np.zeros((220, 500, 3), np.uint8)]
+    for name, second in (("two.mp4", other), ("flash.mp4", face)):
+        alone = [two_who_differ(30, (), head, np.full_like(face, 128)) for head in (face, second)]
+        write_clip(tmp_path / name, alone[0] + dark * (name == "flash.mp4") + alone[1], np.arange(61) * 512)
+        tracking.track_video(tmp_path / name, detect, complain=said.append, recognition=tell_apart())
+    line, = said
+    assert "two.mp4: 30 of 60 frames follow somebody who looks unlike" in line
 
 
 def test_recognition_is_not_used_without_a_choice(tmp_path, face, detect):
