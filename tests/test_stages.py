@@ -193,8 +193,8 @@ def test_ctrl_c_says_how_the_next_run_can_start(tmp_path, checkpoint, clip, monk
     photo = ["--photo", PHOTO, "--checkpoint", checkpoint, "--feed-forward", "--driver", clip]
     lost = "--save-person FILE and --save-track FILE"
     assert said(*photo) == f"stopped: next time, add {lost} so that a stopped run keeps its work"
-    kept = ("stopped: to continue from here, start the next run with --person p.pt --driver t.npz (an .npz has "
-            "no sound)")
+    kept = ("stopped: to continue from here, start the next run with --person p.pt --driver t.npz (an .npz "
+            "has no sound)")
     assert said(*photo, "--save-person", "p.pt", "--save-track", "t.npz") == kept
     assert said("--person", "p.pt", "--driver", "t.npz") == "stopped"           # all of it was saved before
 
