@@ -240,7 +240,7 @@ def save_person(path, config, G, psi, source, photos):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--photos", nargs="+", required=True, metavar="FILE", 
+    add("--photos", nargs="+", required=True, metavar="FILE",
         help="photos of one person, and clips, of which up to 32 frames each are used")
     add("--out", default="person.pt", help="the person file (default: person.pt)")
     add("--checkpoint", default=CHECKPOINT, help="a meta-learned checkpoint (default: the bundled one)")

@@ -78,7 +78,8 @@ class ContentLoss(nn.Module):
             raise UserError(f"--vgg19 and --vggface belong to --content vgg, but the content loss is {kind}: "
                             "add --content vgg or leave them out")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
-        self.extra, self.add_extra, self.weight = extra, extra is not None and not vggface, weight
+        self.extra, self.weight = extra, weight
+        self.add_extra = extra is not None and not vggface
         if kind == "vgg":
             self.terms.append(vgg19_features(vgg19, VGG19_WEIGHT))
             if vggface:

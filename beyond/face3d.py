@@ -283,7 +283,7 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", default="prepared", metavar="DIR", help="folder that data.py prepared (default: prepared)")
-    add("--out", default=FACE, metavar="FILE", 
+    add("--out", default=FACE, metavar="FILE",
         help="where to write the model (default: weights/face3d.npz, which replaces the bundled one)")
     args = parser.parse_args()
     check_paths([], [args.out])

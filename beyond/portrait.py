@@ -8,7 +8,7 @@ from media.recognition import STRANGERS, dlib_recognition
 from runtime.files import warn
 
 SMALL_FACE = 60         # the width of a face in pixels below which the result is blurred
-GREY = 4                # photos whose channels differ by fewer of 255 levels are grey; LFW's differ by 14
+GREY = 4                # of 255 levels between the channels of a photo; LFW's colour photos have 14 or more
 LUMINANCE = (0.299, 0.587, 0.114)       # the weights of red, green and blue
 SHUT = 0.145            # a smaller eye_opening(), as in 1.8 % of LFW's photos, counts as shut eyes
 

@@ -60,10 +60,9 @@ def movements(frames, points, driver, detect, model):
     points (n, 68, 2): the landmarks that the frames were generated from, in their pixels.
     driver (n, 68, 2): the driver's own landmarks.  model: a Face3D.
     "found" is the share of frames in which a face is detected. If it is 0, it is the only number. The others
-    are measured in these frames:
-    "landmark_error" in per cent of the eye distance; "mouth_r", "yaw_r" and "roll_r", the correlations with
-    the driver; "mouth_ratio", the standard deviation of the mouth's opening over that of the driver's. The
-    last four are NaN if the driver does not move.
+    are measured in these frames: "landmark_error" in per cent of the eye distance; "mouth_r", "yaw_r" and
+    "roll_r", the correlations with the driver; "mouth_ratio", the standard deviation of the mouth's opening
+    over that of the driver's. The last four are NaN if the driver does not move.
     """
     pairs = [detect_again(frame, p, detect) for frame, p in zip(frames, points)]
     seen = [k for k, (detected, _) in enumerate(pairs) if detected is not None]
@@ -108,11 +107,10 @@ ARCFACE_POINTS = [(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37)
 
 
 def torchscript_recognition(path, device):
-    """-> vector(frame uint8 (S, S, 3), landmarks (68, 2)), which returns (d,) of norm 1, from a network like
-    ArcFace, stored as TorchScript.
+    """-> a function vector(frame uint8 (S, S, 3), landmarks (68, 2)) that returns (d,) of norm 1.
 
-    The network takes an aligned RGB face (1, 3, 112, 112) in [-1, 1] and returns (1, d). Raises UserError if
-    the file holds anything else.
+    path: of a network like ArcFace, stored as TorchScript. It takes an aligned RGB face (1, 3, 112, 112) in
+    [-1, 1] and returns (1, d). Raises UserError if the file holds anything else.
     """
     from skimage.transform import estimate_transform, warp
     try:

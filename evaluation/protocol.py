@@ -91,8 +91,8 @@ def draw_protocol(data, shots, holdout, count, seed):
             held_out = sorted(held_out[:holdout].tolist())
             protocol[name] = {"learn": learn[:need].tolist(), "holdout": held_out}
     if too_short:
-        warn(f"left out {first_names(sorted(too_short))}: {need} frames to learn from are needed and, in a "
-             f"video at least a second later, {holdout} to hold out")
+        warn(f"left out {first_names(sorted(too_short))}: {need} frames to learn from and {holdout} to hold "
+             "out are needed, and in a video a second must pass between them")
     if not protocol:
         raise UserError(f"no video has {need} frames to learn from and {holdout} to hold out: ask for fewer "
                         "with --shots or --holdout")

@@ -10,7 +10,7 @@ import numpy as np
 
 from media.streams import Damage, decoded, open_media, packets
 
-SILENCE = 0.005     # a frame is silent if its samples differ by no more of full scale; hiss has up to 0.003
+SILENCE = 0.005     # of full scale: frames whose samples differ by less are silent; weak hiss stays below it
 HEARD = 0.1         # a stream is heard if it has this many seconds that are not silent; a click has fewer
 OTHERS = 0.7        # the factor by which channels that are neither left nor right are mixed into both
 
@@ -50,8 +50,9 @@ def is_heard(path, index):
         with open_media(path) as container:
             stream = container.streams[index]
             frames = audio_frames(container, stream) if is_known(stream) else ()
+            parts = (part for frame in frames for part in stereo.resample(frame))
             seconds = 0.0
-            for part in (part for frame in frames for part in stereo.resample(frame)):
+            for part in parts:
                 loud = np.ptp(part.to_ndarray()) > SILENCE
                 seconds += loud * part.samples / part.sample_rate
                 if seconds > HEARD:
@@ -133,6 +134,6 @@ def mixed_down(samples):
     """
     if samples.shape[1] > 2:
         rest = OTHERS * samples[:, 2:].sum(1, keepdims=True)
-        loudness = np.sqrt(1 + (samples.shape[1] - 2) * OTHERS ** 2)    # of the sum, if all are alike
+        loudness = np.sqrt(1 + (samples.shape[1] - 2) * OTHERS ** 2)    # if all have the same
         samples = (samples[:, :2] + rest) / loudness
     return np.ascontiguousarray(samples.clip(-1, 1), np.float32)

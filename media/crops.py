@@ -6,7 +6,7 @@
 import numpy as np
 from PIL import Image
 
-JERK = 0.15     # at a cut, the face moves by more than this, in halves of the crop's side, or see ZOOM
+JERK = 0.15     # a visible cut counts if the face moves by more than this, in halves of the crop's side
 MADE_UP = 0.1   # training does not use crops of which a larger share lies beyond the picture's border
 ZOOM = 0.07     # a larger value of growth() may be a cut; the largest in 20 clips without cuts is 0.061
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageOps
 
-from media.streams import Damage, main_video, open_media, packets, promises, shown, expected_frames
+from media.streams import Damage, expected_frames, main_video, open_media, packets, promises, shown
 from runtime.files import UserError, raise_if_out_of_memory, warn
 
 # --------------------------------------------------------------------------------------------- reading
@@ -54,7 +54,7 @@ def read_video(path, complain=warn):
 
 
 def words_on_loss(count, expected, damage):
-    """-> a few words on the frames that could not be read, or None if all were read.
+    """-> a few words on the frames that could not be read, or that look damaged; None if all are well.
 
     count: the number of frames that were read.  expected: the result of expected_frames().
     """

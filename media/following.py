@@ -6,7 +6,7 @@ import numpy as np
 from media.crops import crop, face_box, to_crop
 from media.faces import NEARLY, SURE, overlap, where, which_face
 
-LATER = 0.25    # a frame of the person followed first counts 1, and of others this, as they may be guests
+LATER = 0.25    # the worth of a frame of somebody else than the first person, who may be a guest
 PEOPLE = 20     # the number of people that are remembered
 
 
@@ -32,6 +32,11 @@ class Person:
         if self.known is None:
             self.known = recognition.vector(*self.picture)
         return self.known
+
+
+def remembered(people, new):
+    """These people and a new one, without those who were followed least if they are more than PEOPLE."""
+    return [*sorted(people, key=Person.weight)[1 - PEOPLE:], new]
 
 
 def close_up(image, points, size=256):
@@ -87,7 +92,7 @@ class Follower:
         else:
             faces, chosen = self.choose(image, seconds, cut)
             if chosen is not None:
-                self.scenes = [*sorted(self.scenes, key=Person.weight)[1 - PEOPLE:], Person(1.0)]
+                self.scenes = remembered(self.scenes, Person(worth=1.0))
         if chosen is None:
             self.missed += 1
             return None
@@ -154,7 +159,7 @@ class Follower:
     def meet(self):
         """Begin to follow somebody as a new Person, although it may be one of the earlier people."""
         self.person = Person(LATER if self.people else 1.0)
-        self.people = [*sorted(self.people, key=Person.weight)[1 - PEOPLE:], self.person]
+        self.people = remembered(self.people, self.person)
 
     def continue_with(self, person):
         self.returns += person is not self.person

@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import chain, islice
 
 from media.audio import audio_frames, is_known, main_audio
-from media.streams import Clock, Damage, find_joints, open_media, packets
+from media.streams import Clock, Damage, JoinedClock, find_joints, open_media, packets
 from runtime.files import warn
 
 COPIED = {"aac", "mp3", "mp3float", "opus", "libopus", "flac"}  # the codecs that browsers play in an mp4
@@ -95,13 +95,17 @@ class Sound:
         except (av.InvalidDataError, av.EOFError, ValueError) as e:     # a full disk is passed on
             self.packet, self.problem = False, getattr(e, "strerror", None) or str(e)
 
+    def clock(self, base, step):
+        """-> the clock for times of the source. base, step: as in Clock."""
+        return JoinedClock(base, self.joints) if self.joints else Clock(base, step)
+
     def copied(self, audio, stream):
         """Yield the packets with shifted times, without those that end before the result starts."""
         clock = None
         for packet in packets(self.source, audio, Damage()):
             if packet.dts is None or packet.pts is None:
                 continue
-            clock = clock or Clock(packet.time_base, packet.duration or 1, self.joints)
+            clock = clock or self.clock(packet.time_base, packet.duration or 1)
             time = clock.increasing(packet.dts)
             if time is None:
                 continue
@@ -119,7 +123,7 @@ class Sound:
         for frame in frames:
             if clock is None:
                 seconds = frame.samples / frame.sample_rate
-                clock = Clock(frame.time_base, round(seconds / frame.time_base), self.joints)
+                clock = self.clock(frame.time_base, round(seconds / frame.time_base))
             time, start = clock.increasing(frame.pts), round(self.start / frame.time_base)
             if time is None or time < start:    # it comes before the result starts
                 continue

@@ -9,7 +9,8 @@ import os
 from itertools import chain
 from typing import NamedTuple
 
-OVERRUN = 5     # seconds, at most, that sound is taken to last longer than the picture before a joint
+OVERRUN = 5     # seconds, at most, of sound that are dropped because the next part's picture has begun
+RESTART = 1     # times that go back by more than this many seconds start again
 TRIES = 10      # packets() gives up after this many errors in a row, as mpv does
 
 
@@ -144,35 +145,46 @@ def picture_clock(stream):
 class Clock:
     """Makes times increase. Raw streams have no times, and in files that were joined they start again."""
 
-    def __init__(self, base, step, joints=()):
+    def __init__(self, base, step):
         self.base = base                # the unit of the times, in seconds
         self.step = max(1, step)        # the usual difference of two times, in units of base
-        self.joints = list(joints)      # from find_joints(), for the sound of a joined recording
-        self.follows = bool(joints)     # whether it follows the picture's clock, and late packets are dropped
         self.last, self.offset = None, 0
 
     def increasing(self, time):
-        """A time in units of base, or None if there is none -> a time that is later than the one before.
-
-        Returns None for the sound of a joined recording that must be dropped, because two parts overlap.
-        """
+        """A time in units of base, or None if there is none -> a time that is later than the one before."""
         if time is not None:
             time += self.offset
-        if self.joints and None not in (time, self.last) and (self.last - time) * self.base > 1:
-            shift = round(self.joints.pop(0).shift / self.base) - self.offset
-            self.offset += shift
-            time += shift
         if time is None or (self.last is not None and time <= self.last):
-            if self.follows:
-                return None
             following = 0 if self.last is None else self.last + self.step
-            if time is not None and (self.last - time) * self.base > 1:
+            if time is not None and (self.last - time) * self.base > RESTART:
                 self.offset += following - time     # the times start again, so shift all that follow
             time = following
-        if self.joints and time * self.base >= self.joints[0].begins:
-            if time * self.base < self.joints[0].begins + OVERRUN:
-                return None
-            self.joints.pop(0)      # the times of the sound do not start again there
+        self.last = time
+        return time
+
+
+class JoinedClock:
+    """Makes the times of a joined recording's sound increase, in step with its picture."""
+
+    def __init__(self, base, joints):
+        self.base = base                # the unit of the times, in seconds
+        self.joints = list(joints)      # from find_joints()
+        self.stored, self.last, self.offset = None, None, 0     # stored: the time before this one, as it was
+
+    def increasing(self, time):
+        """A time in units of base -> a later time than the one before, or None for sound that is dropped.
+
+        Sound is dropped, because two parts overlap, or because it has no time.
+        """
+        if time is None:
+            return None
+        if self.joints and self.stored is not None and (self.stored - time) * self.base > RESTART:
+            self.offset = round(self.joints.pop(0).shift / self.base)
+        self.stored = time
+        time += self.offset
+        overrun = time * self.base - self.joints[0].begins if self.joints else -1
+        if 0 <= overrun < OVERRUN or (self.last is not None and time <= self.last):
+            return None
         self.last = time
         return time
 
@@ -200,7 +212,7 @@ def find_joints(path, sound):
             if packet.dts is None:
                 continue
             if packet.stream is both[1]:
-                if last is not None and (last - packet.dts) * packet.time_base > 1:
+                if last is not None and (last - packet.dts) * packet.time_base > RESTART:
                     restarts.append(packet.pos or 0)
                 last = packet.dts
                 continue

@@ -9,9 +9,8 @@ of the same dtype in the same run. The multiply-adds are those of the layers as 
 where we compute the same with fewer.
 
 All numbers below are from one run on two cores of a Xeon with AMX, with torch 2.15, where the matrix product
-reaches 430 GFLOP/s in float32. They are of an earlier version, in which G was trained with the transposed
-convolution that now only folding makes. W is missing, because Adam now updates all of its rows, and that has
-not been measured on an idle machine yet.
+reaches 430 GFLOP/s in float32. They were measured with an earlier version of the networks and of this file.
+W is missing, because Adam now updates all of its rows.
 
     at the paper's size, 256 pixels               float32  share  bfloat16          the paper, on a P40
     G, one frame, 46.6 GMAC (folded: 37.2)        231 ms   94 %   86 ms             139 ms (2080 Ti: 13)
@@ -19,20 +18,17 @@ not been measured on an idle machine yet.
     862 GMAC, batch 1                             7.4 s    55 %   2.6 s
     the same, batch 6                             48 s     51 %   12.8 s
     peak memory of the step, batch 1 and 6        4.9 and 12.9 GB (float32 and bfloat16 in one process)
-    fine-tuning, 40 epochs (1 was measured),
-    T = 1, 8, 32                                                  95, 447, 1,823 s  44, 85, 258 s
 
     data.py, one core                             95 frames/s, 0.80 of decoding and detection alone
     with two workers compared with one            1.93 times as fast, without starting the processes
     loading at 256 pixels, one core               1,063 frames/s (decode, draw, stack)
-    infer.py, 64 pixels, 512-pixel driver         73 frames/s, 1.07 times the time of all parts
     peak memory, driver of 60 s and of 6 s        841 MB, 1.00 times
-    fine-tuning, T = 8, 40 epochs, 64-pixel toy   10.7 s, 1.02 times the time of 40 bare steps
 
-The training step does not reach 70 % in float32, which was our aim. Nine tenths of its time are convolutions,
-and oneDNN runs their backward passes at about 60 % of the matrix product's rate. A sixth of the CPU time is
-spent on newly allocated memory. glibc keeps memory for later with MALLOC_MMAP_THRESHOLD_=4294967296 and
-MALLOC_TRIM_THRESHOLD_=68719476736. Measured side by side, the share at batch 1 is then 65 % instead of 60 %.
+The training step does not reach the 70 % in float32 that we aimed for. Nine tenths of its time are
+convolutions, and oneDNN runs their backward passes at about 60 % of the matrix product's rate. A sixth of the
+CPU time is spent on newly allocated memory. glibc keeps memory for later with
+MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=68719476736. In another run, the share at batch 1
+then rose from 60 to 65 %.
 """
 import copy
 import os

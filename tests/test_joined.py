@@ -55,6 +55,14 @@ def test_sound_and_picture_of_joined_files_stay_in_step(tmp_path, codec, rate, l
 
 
 def test_sound_that_does_not_start_again_at_a_joint_goes_on():
-    clock = streams.Clock(Fraction(1, 10), 1, [streams.Joint(begins=2.0, shift=2.0)])
+    clock = streams.JoinedClock(Fraction(1, 10), [streams.Joint(begins=2.0, shift=2.0)])
     times = [clock.increasing(k) for k in range(100)]
     assert times == [*range(20), *[None] * 50, *range(70, 100)]
+
+
+def test_after_sound_that_is_far_too_long_the_rest_is_in_step():
+    """The first of five parts of 2 seconds has 9 seconds of sound. The end of the fifth is heard."""
+    joints = [streams.Joint(begins=k, shift=k) for k in (2.0, 4.0, 6.0, 8.0)]
+    clock = streams.JoinedClock(Fraction(1, 10), joints)
+    times = [[clock.increasing(k) for k in range(n)] for n in (90, 20, 20, 20, 20)]
+    assert times[-1] == [*[None] * 10, *range(90, 100)]

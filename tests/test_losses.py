@@ -12,7 +12,9 @@ from torchvision.models.vgg import cfgs
 from conftest import PHOTO, ROOT, networks
 from data import to_float, to_uint8
 import losses
+from beyond.likeness import other_poses
 from beyond.recognition import FaceTerm
+from beyond.toy import ToyHeads
 from losses import (ContentLoss, Features, adversarial_loss, feature_matching_loss, hinge_loss, match_loss,
                     read_matconvnet as read_uncached)
 from media.faces import dlib_model, landmark_detector
@@ -146,6 +148,14 @@ def test_content_loss_trains_the_picture_and_nothing_else():
     loss.terms.append(features.requires_grad_(False))
     loss(x_hat, x).backward()
     assert x_hat.grad.abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
+
+
+def test_with_vggface_the_face_term_is_not_added_but_serves_the_likeness(files):
+    """It once was dropped altogether, and fine-tuning silently lost the loss in other poses."""
+    x_hat, x = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    loss = ContentLoss("vgg", *files, extra=FaceTerm())
+    assert loss(x_hat, x).item() == pytest.approx(ContentLoss("vgg", *files)(x_hat, x).item())
+    assert other_poses(x, [ToyHeads(1).load(0, [0])[1]], loss) is not None
 
 
 def test_without_vggface_it_says_what_is_lost(files, capsys):

@@ -256,7 +256,7 @@ def test_finetune_is_eq_7_to_10(as_paper, adversarial, likeness, double, monkeyp
 
 
 def test_other_poses_are_for_dlibs_network():
-    """With VGGFace there is no dlib network, so nothing can measure the likeness."""
+    """They need the network of a FaceTerm, which cartoon heads do without."""
     points, x = [ToyHeads(1).load(0, [0])[1]], torch.zeros(1, 3, 64, 64)
     assert other_poses(x, points, None) is None and other_poses(x, points, ContentLoss("l1")) is None
     content = ContentLoss("l1", extra=FaceTerm())
