@@ -105,10 +105,13 @@ _stopped = False                # whether this worker has received a signal
 
 
 def _start_worker(kind):
-    global _detect, _recognition
-    leave_on_signals(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    torch.set_num_threads(1)
-    _detect, _recognition = landmark_detector(kind), tell_apart()
+    global _detect, _recognition, _stopped
+    try:
+        leave_on_signals(signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        torch.set_num_threads(1)
+        _detect, _recognition = landmark_detector(kind), tell_apart()
+    except SystemExit:      # the pool would print a traceback of it; now _job() leaves
+        _stopped = True
 
 
 def _job(*arguments):

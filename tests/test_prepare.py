@@ -6,7 +6,7 @@ from PIL import Image
 
 import data
 from conftest import PHOTO, fail, moving, script, succeed, write_clip
-from media import folders
+from media import folders, prepare
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +145,16 @@ def test_fan_without_a_network_says_where_to_put_its_weights(videos, tmp_path):
     line = result.stderr.splitlines()[-1]       # before it, torch hub may announce the download
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "--landmarks dlib" in line and "checkpoints" in line
+
+
+def test_a_signal_while_a_worker_starts_is_obeyed_at_its_first_job(monkeypatch):
+    """The pool prints a traceback of whatever the start of a worker raises."""
+    def signalled(kind):
+        raise SystemExit(129)
+    monkeypatch.setattr(prepare, "_stopped", False)
+    monkeypatch.setattr(prepare, "leave_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(prepare, "landmark_detector", signalled)
+    monkeypatch.setattr(prepare, "_prepare", lambda *arguments: pytest.fail("a job was begun"))
+    prepare._start_worker("dlib")
+    with pytest.raises(SystemExit):
+        prepare._job("files")
