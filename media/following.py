@@ -181,10 +181,11 @@ class Follower:
     def return_to_person(self, faces, chosen, image, seconds):
         """-> ([Face], chosen), with another face chosen if that is the person who was followed longest.
 
-        The person may return smaller than the face that is followed meanwhile, so a larger copy is searched.
+        That may also be the one who is followed now, at another place: not every cut is detected. The person
+        may return smaller than the face that is followed meanwhile, so a larger copy is searched.
         """
         longest = max(self.people, key=Person.weight)
-        if (self.recognition is None or longest is self.person
+        if (self.recognition is None or (longest is self.person and chosen is not None)
                 or seconds - self.compared < self.PATIENCE):
             return faces, chosen
         self.compared = seconds

@@ -125,6 +125,19 @@ def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, d
     assert of_left[:50].all() and not of_left[60:70].any() and of_left[-40:].all()
 
 
+def test_a_face_that_is_suddenly_elsewhere_is_followed_at_once(tmp_path, face, detect):
+    """The cut is not detected, because the thumbnails hardly differ."""
+    alone = two_who_differ(50, (), face, np.full_like(face, 128))
+    frames = [np.full((660, 1500, 3), 128, np.uint8) for _ in alone]
+    for k, (frame, small) in enumerate(zip(frames, alone)):
+        frame[:220, :500] = small
+        frames[k] = frame if k < 25 else frame[:, ::-1]
+    write_clip(tmp_path / "a.mp4", frames, np.arange(50) * 512, sound=False)
+    track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=tell_apart())
+    assert track.found.all() and not track.cuts.any()
+    assert (track.points[:, :, 0].mean(1) > 750).tolist() == [False] * 25 + [True] * 25
+
+
 def test_the_user_hears_of_somebody_else_who_is_followed(tmp_path, face, other, detect):
     """There are never two faces in a frame: the one person leaves, and another comes."""
     said = []
