@@ -6,7 +6,7 @@
 """
 import io
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 
 from media.audio import audio_frames, is_known, main_audio
 from media.streams import Clock, Damage, JoinedClock, find_joints, open_media, packets
@@ -57,15 +57,18 @@ class Sound:
         self.joints = find_joints(path, index)
         self.source = open_media(path)
         audio = self.source.streams[index]
-        if not is_known(audio):
+        if audio.codec_context is None:
             self.problem = "its codec is unknown"
-        elif audio.codec_context.name in COPIED and not is_slow_mp3(audio):
+        elif is_known(audio) and audio.codec_context.name in COPIED and not is_slow_mp3(audio):
             self.packets = self.copied(audio, out.add_stream_from_template(audio))
         else:
             frames = audio_frames(self.source, audio)
-            first = list(islice(frames, 1))
-            mono = bool(first) and first[0].layout.nb_channels == 1
-            self.packets = self.encoded(chain(first, frames), add_aac(out, audio.rate, mono))
+            first = next(frames, None)
+            if first is None:
+                self.problem = "none of it can be decoded"
+            else:
+                stream = add_aac(out, first.sample_rate, first.layout.nb_channels == 1)
+                self.packets = self.encoded(chain([first], frames), stream)
 
     def __enter__(self):
         return self

@@ -170,6 +170,8 @@ class JoinedClock:
         self.base = base                # the unit of the times, in seconds
         self.joints = list(joints)      # from find_joints()
         self.stored, self.last, self.offset = None, None, 0     # stored: the time before this one, as it was
+        if self.joints and self.joints[0].begins is None:
+            self.offset = round(self.joints.pop(0).shift / base)
 
     def increasing(self, time):
         """A time in units of base -> a later time than the one before, or None for sound that is dropped.
@@ -191,7 +193,8 @@ class JoinedClock:
 
 class Joint(NamedTuple):
     """Where the sound of a recording that was joined from several files starts again. In seconds."""
-    begins: float       # when the picture of the next part begins, after which the sound before is dropped
+    begins: float       # when the picture of the next part begins, after which the sound before is dropped;
+                        # None at the sound's own beginning, if the parts before it have no sound
     shift: float        # how much later than its stored times the sound behind the joint is heard
 
 
@@ -205,22 +208,27 @@ def find_joints(path, sound):
         stream = main_video(container)
         if stream is None or container.format.name not in ("mpegts", "mpeg"):   # only these can be appended
             return []
-        clock, last = picture_clock(stream), None
+        clock, seen, last = picture_clock(stream), None, None   # seen, last: the latest times, as stored
         parts, restarts = [], []    # of the picture: (place in the file, begins, shift); of the sound: place
+        mute = 0                    # the number of parts before the first that has sound
         both = [stream, container.streams[sound]]
         for packet in packets(container, both, Damage()):
             if packet.dts is None:
                 continue
             if packet.stream is both[1]:
-                if last is not None and (last - packet.dts) * packet.time_base > RESTART:
+                if last is None:
+                    behind = 0 if seen is None else (seen - packet.dts) * packet.time_base
+                    mute = len(parts) + (behind > RESTART)  # a part's sound may come before its picture
+                elif (last - packet.dts) * packet.time_base > RESTART:
                     restarts.append(packet.pos or 0)
                 last = packet.dts
                 continue
-            before, time = clock.offset, clock.increasing(packet.dts)
+            before, time, seen = clock.offset, clock.increasing(packet.dts), packet.dts
             if clock.offset != before:
                 delay = (packet.pts or packet.dts) - packet.dts     # from decoding to showing a frame
                 parts.append((packet.pos or 0, (time + delay) * clock.base, clock.offset * clock.base))
-    joints, part = [], 0        # part: how many joints of the picture are before the sound's current part
+    part = min(mute, len(parts))    # how many joints of the picture are before the sound's current part
+    joints = [Joint(None, parts[part - 1][2])] if part else []
     for place in restarts if parts else ():
         number = min(range(len(parts)), key=lambda k: abs(parts[k][0] - place))
         joints.append(Joint(parts[min(part, number)][1], parts[number][2]))

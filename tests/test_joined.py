@@ -35,7 +35,8 @@ def write_part(path, spoken, codec="aac", rate=48000):
 @pytest.mark.parametrize("codec,rate,lengths", [
     ("aac", 48000, (1.6,) * 3), ("aac", 48000, (2.3,) * 3), ("aac", 16000, (2,) * 4),
     ("mp2", 48000, (2.3,) * 3),                             # it is encoded again
-    ("aac", 48000, (2, 0, 2)), ("aac", 48000, (2, 0, 0, 2)), ("aac", 48000, (2, 2, 0))])
+    ("aac", 48000, (2, 0, 2)), ("aac", 48000, (2, 0, 0, 2)), ("aac", 48000, (2, 2, 0)),
+    ("aac", 48000, (0, 2)), ("mp2", 48000, (0, 0, 2)), ("aac", 48000, (0, 2, 0, 2))])
 def test_sound_and_picture_of_joined_files_stay_in_step(tmp_path, codec, rate, lengths):
     parts = [write_part(tmp_path / "part.ts", spoken, codec, rate) for spoken in lengths]
     (tmp_path / "joined.ts").write_bytes(b"".join(parts))
