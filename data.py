@@ -84,18 +84,17 @@ class PreparedVideos:
                             f"--out {folder}` (meta_train.py and evaluate.py also have --toy)")
         names = "\n".join(os.path.relpath(f, folder) for f in self.files)
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]  # names the data that W's rows belong to
-        self._made_up, kinds, problem = [], {}, None
+        self._made_up, kinds = [], {}
         for i, file in enumerate(self.files):
             try:
                 sequence = self._open(i)
                 self._made_up.append(sequence["made_up"].numpy().copy())    # without a copy, it stays open
                 kinds.setdefault((sequence["detector"], sequence["image_size"]), file)
             except UserError as e:
-                problem = problem or e
                 self._made_up.append(np.empty(0))       # 0 frames
                 warn(e)
         if not kinds:
-            raise problem
+            raise UserError(f"none of the files in {folder} can be used: prepare it again")
         self.detector, self.image_size = self._agreement(kinds, image_size)
 
     @staticmethod

@@ -64,7 +64,7 @@ def words_on_loss(count, expected, damage):
     frames = f"{count} of about {expected:.0f} frames" if count < expected else f"{count} frames"
     why = [f"damaged packets: {damage.packets}"] if damage.packets else []
     if damage.end or not why:
-        why.append(damage.end or "it ends early")
+        why.append(damage.end or "the others are missing or damaged")
     return f"only {frames} could be read ({'; '.join(why)})"
 
 

@@ -50,6 +50,8 @@ def open_run(out, resume):
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun, after a failure
     if done and not resume and not restarted:
         raise UserError(f"{out} already holds {len(done)} checkpoints: add --resume, or name another --out")
+    if resume and not done and os.environ.get("RANK", "0") == "0":     # torchrun sets it
+        warn(f"there is no checkpoint to resume in {out}, so a new run starts")
     make_folder(out)
     return done
 
@@ -147,7 +149,7 @@ def read_step(training, step, path):
     changed = [f"{k} was {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
         advice = (f"Use the same settings again, or start a new run from {training.out}/step-{step}.pt with "
-                  "--grow-from")
+                  "--grow-from and another --out")
         raise shared_error(training.rank,
                            f"{training.out} cannot be resumed: {'; '.join(changed)}. {advice}")
     try:

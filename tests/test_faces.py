@@ -103,6 +103,16 @@ def test_boxes_of_a_video_are_steady():
     assert np.abs(boxes[25:75, 0] - (120 + np.linspace(0, 50, 100)[25:75])).max() < 5   # it follows the face
 
 
+def test_a_face_that_walks_stays_in_its_crop():
+    """By six times its width in a second, between two seconds at rest: the mean over time is late."""
+    x = np.interp(np.arange(125), [50, 75], [120, 600])
+    points = np.stack([head(1, (at, 110)) for at in x])
+    boxes = crops.steady_boxes(points, np.arange(125) / 25, np.zeros(125))
+    assert np.abs(boxes[:, 0] - x).max() == pytest.approx(0.3 * 80)
+    inside = crops.to_crop(points, boxes, 256)
+    assert inside.min() > 0 and inside.max() < 255
+
+
 def test_dlib_finds_the_astronaut_and_nothing_in_the_dark(detect):
     points = detect(np.asarray(Image.open(PHOTO)))
     assert points.shape == (68, 2)

@@ -218,13 +218,16 @@ def test_one_damaged_file_among_many_is_replaced(prepared, tmp_path, capsys):
     assert all(torch.equal(a[1], b[1]) for a, b, r in zip(good, again, replaced) if not r)
     for file in broken.glob("**/*.pt"):
         file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="none of the files in .* can be used"):
         PreparedVideos(broken)
+    assert "is damaged" in capsys.readouterr().err
     for file in broken.glob("**/*.pt"):     # as if a network drive were gone
         file.unlink()
         file.symlink_to("/nowhere")
-    with pytest.raises(UserError, match="cannot read .*No such file"):
+    with pytest.raises(UserError, match="none of the files in .* can be used"):
         PreparedVideos(broken)
+    said = capsys.readouterr().err
+    assert "cannot read" in said and "No such file" in said
 
 
 def limit_files():

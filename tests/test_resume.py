@@ -6,6 +6,7 @@ import torch
 
 import meta_train
 from conftest import ROOT, TINY_FLAGS, fail, here, same, succeed, tensors, torchrun
+from runtime import resume
 
 
 def test_the_same_seed_gives_the_same_tensors_and_resuming_is_exact(tmp_path, monkeypatch):
@@ -128,7 +129,13 @@ def test_a_run_of_one_rank_is_not_resumed_with_two(tmp_path):
     succeed("meta_train.py", *TINY_FLAGS, "--out", "run", "--steps", "2", "--save-every", "2", cwd=tmp_path)
     assert resume_with_two("run", tmp_path) == [
         "error: run cannot be resumed: ranks was 1, now 2. Use the same settings again, or start a new run "
-        "from run/step-2.pt with --grow-from"]
+        "from run/step-2.pt with --grow-from and another --out"]
+
+
+def test_the_user_hears_that_there_is_nothing_to_resume(tmp_path, capsys):
+    assert resume.open_run(tmp_path / "typo", resume=True) == []
+    assert "no checkpoint to resume" in capsys.readouterr().err
+    assert resume.open_run(tmp_path / "new", resume=False) == [] and not capsys.readouterr().err
 
 
 def test_all_ranks_refuse_if_the_state_of_one_is_missing(live, tmp_path):
