@@ -94,7 +94,8 @@ class PreparedVideos:
                 self._made_up.append(np.empty(0))       # 0 frames
                 warn(e)
         if not kinds:
-            raise UserError(f"none of the files in {folder} can be used: prepare it again")
+            raise UserError(f"none of the files in {folder} can be used, for the reasons above: prepare it "
+                            "again")
         self.detector, self.image_size = self._agreement(kinds, image_size)
 
     @staticmethod

@@ -260,7 +260,7 @@ def main():
     # data
     config, episodes, examples, steps = find_data(args, rank, world)
     facts = run_facts(args, episodes.videos, steps, world)
-    done = open_run(args.out, args.resume)
+    done = open_run(args.out, args.resume, rank)
     extra = FaceTerm(args.face_weight, args.vector_weight) if args.face_weight and not args.vggface else None
     content = ContentLoss(args.content, args.vgg19, args.vggface, extra, args.content_weight)
     content = content.to(device, memory_format=torch.channels_last)

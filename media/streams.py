@@ -210,7 +210,7 @@ def find_joints(path, sound):
             return []
         clock, seen, last = picture_clock(stream), None, None   # seen, last: the latest times, as stored
         parts, restarts = [], []    # of the picture: (place in the file, begins, shift); of the sound: place
-        mute = 0                    # the number of parts before the first that has sound
+        part = 0                    # how many joints of the picture are before the sound's current part
         both = [stream, container.streams[sound]]
         for packet in packets(container, both, Damage()):
             if packet.dts is None:
@@ -218,7 +218,7 @@ def find_joints(path, sound):
             if packet.stream is both[1]:
                 if last is None:
                     behind = 0 if seen is None else (seen - packet.dts) * packet.time_base
-                    mute = len(parts) + (behind > RESTART)  # a part's sound may come before its picture
+                    part = len(parts) + (behind > RESTART)  # a part's sound may come before its picture
                 elif (last - packet.dts) * packet.time_base > RESTART:
                     restarts.append(packet.pos or 0)
                 last = packet.dts
@@ -227,7 +227,7 @@ def find_joints(path, sound):
             if clock.offset != before:
                 delay = (packet.pts or packet.dts) - packet.dts     # from decoding to showing a frame
                 parts.append((packet.pos or 0, (time + delay) * clock.base, clock.offset * clock.base))
-    part = min(mute, len(parts))    # how many joints of the picture are before the sound's current part
+    part = min(part, len(parts))
     joints = [Joint(None, parts[part - 1][2])] if part else []
     for place in restarts if parts else ():
         number = min(range(len(parts)), key=lambda k: abs(parts[k][0] - place))

@@ -41,16 +41,17 @@ class Training(NamedTuple):
 
 # --------------------------------------------------------------------------------------------- the files
 
-def open_run(out, resume):
+def open_run(out, resume, rank):
     """Make the folder of a run -> the steps of its checkpoints, ascending.
 
-    Raises UserError if there are checkpoints without --resume, or the folder cannot be made.
+    Rank 0 warns if there is nothing to resume. Raises UserError if there are checkpoints without --resume, or
+    the folder cannot be made.
     """
     done = checkpoints(out)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun, after a failure
     if done and not resume and not restarted:
         raise UserError(f"{out} already holds {len(done)} checkpoints: add --resume, or name another --out")
-    if resume and not done and os.environ.get("RANK", "0") == "0":     # torchrun sets it
+    if resume and not done and rank == 0:
         warn(f"there is no checkpoint to resume in {out}, so a new run starts")
     make_folder(out)
     return done

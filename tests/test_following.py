@@ -128,10 +128,11 @@ def test_a_person_who_returns_smaller_is_followed_again(tmp_path, face, other, d
 def test_a_face_that_is_suddenly_elsewhere_is_followed_at_once(tmp_path, face, detect):
     """The cut is not detected, because the thumbnails hardly differ."""
     alone = two_who_differ(50, (), face, np.full_like(face, 128))
-    frames = [np.full((660, 1500, 3), 128, np.uint8) for _ in alone]
-    for k, (frame, small) in enumerate(zip(frames, alone)):
+    frames = []
+    for k, small in enumerate(alone):
+        frame = np.full((660, 1500, 3), 128, np.uint8)
         frame[:220, :500] = small
-        frames[k] = frame if k < 25 else frame[:, ::-1]
+        frames.append(frame if k < 25 else frame[:, ::-1])
     write_clip(tmp_path / "a.mp4", frames, np.arange(50) * 512, sound=False)
     track = tracking.track_video(tmp_path / "a.mp4", detect, recognition=tell_apart())
     assert track.found.all() and not track.cuts.any()

@@ -133,9 +133,9 @@ def test_a_run_of_one_rank_is_not_resumed_with_two(tmp_path):
 
 
 def test_the_user_hears_that_there_is_nothing_to_resume(tmp_path, capsys):
-    assert resume.open_run(tmp_path / "typo", resume=True) == []
+    assert resume.open_run(tmp_path / "typo", resume=True, rank=0) == []
     assert "no checkpoint to resume" in capsys.readouterr().err
-    assert resume.open_run(tmp_path / "new", resume=False) == [] and not capsys.readouterr().err
+    assert resume.open_run(tmp_path / "new", resume=False, rank=0) == [] and not capsys.readouterr().err
 
 
 def test_all_ranks_refuse_if_the_state_of_one_is_missing(live, tmp_path):
