@@ -250,6 +250,9 @@ def main():
     add_finetuning_flags(parser)
     args = parser.parse_args()
     check_least(args, 1, "epochs")
+    if args.no_adversarial and args.random == "w":
+        raise UserError("--no-adversarial and --random w exclude each other, because w' is used in the "
+                        "adversarial term only: leave out one of them")
     check_paths([*args.photos, args.checkpoint, args.vgg19, args.vggface], [args.out])
 
     device = default_device()

@@ -48,7 +48,8 @@ def read_video(path, complain=warn):
     if not count:
         raise UserError(f"{path} is a video, but none of its frames can be read: use another file")
     seconds = 0.0 if damage.packets else float(seconds)     # with frames missing, it would give a wrong rate
-    lost = words_on_loss(count, expected_frames(*promised, count, seconds), damage)
+    expected = max(damage.due, expected_frames(*promised, count, seconds))
+    lost = words_on_loss(count, expected, damage)
     if lost:
         complain(f"{path}: {lost}")
 
@@ -56,7 +57,7 @@ def read_video(path, complain=warn):
 def words_on_loss(count, expected, damage):
     """-> a few words on the frames that could not be read, or that look damaged; None if all are well.
 
-    count: the number of frames that were read.  expected: the result of expected_frames().
+    count: the number of frames that were read.  expected: about how many there should be, or 0.
     """
     missing = count < 0.95 * expected - 1       # a tolerance, because some containers' counts are a bit wrong
     if not missing and not damage.packets and not damage.end:

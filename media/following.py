@@ -1,5 +1,6 @@
 """Following one person through a video: which of the faces in each frame is that person's."""
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -70,8 +71,8 @@ class Follower:
         self.missed = 0             # the number of frames since then
         self.searched = -math.inf   # when large copies were last searched, in seconds
         self.thumbnail = None       # of the previous frame, by which cuts are detected
-        self.looks = self.with_others = self.choices = self.returns = 0     # counts for report()
-        self.place = None           # the place, in words, of the face that was first chosen among several
+        self.looks = self.choices = self.returns = 0    # counts for report()
+        self.places = Counter()     # the place, in words, of the followed face in frames with several
         self.turned = np.zeros(4, int)  # [k]: how many frames show a face when rotated by k * 90 degrees
 
     def is_cut(self, thumbnail):
@@ -97,9 +98,8 @@ class Follower:
             self.missed += 1
             return None
         others = [face for face in faces if face is not chosen and face.score >= SURE]
-        self.with_others += bool(others)
-        if others and self.place is None:
-            self.place = where(chosen, [chosen, *others])
+        if others:
+            self.places[where(chosen, [chosen, *others])] += 1
         self.face, self.seen, self.missed = chosen, seconds, 0
         points = self.detector.landmarks(image, chosen)
         self.person.followed(image, points, chosen.score)
@@ -202,9 +202,10 @@ class Follower:
     def report(self, path):
         """-> a line for the user about whom the track shows, or None if that is plain."""
         words = []
-        if self.with_others:
-            words.append(f"{self.with_others} of {self.looks} frames show several faces: followed the one "
-                         f"{self.place}")
+        if self.places:
+            (place, _), = self.places.most_common(1)
+            words.append(f"{self.places.total()} of {self.looks} frames show several faces: followed the one "
+                         f"{place}")
             if self.choices:
                 words.append(f"chose again after a cut or a second without it (times: {self.choices})")
             if self.returns:

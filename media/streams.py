@@ -12,6 +12,8 @@ from typing import NamedTuple
 OVERRUN = 5     # seconds, at most, of sound that are dropped because the next part's picture has begun
 RESTART = 1     # times that go back by more than this many seconds start again
 TRIES = 10      # packets() gives up after this many errors in a row, as mpv does
+# Codecs in which each packet gives a frame, and whose decoders drop damaged frames without an error.
+ONE_EACH = {"h264", "hevc"}
 
 
 def open_media(path, mode="r", **options):
@@ -45,6 +47,7 @@ class Damage:
 
     def __init__(self):
         self.packets = 0    # the number of damaged packets
+        self.due = 0        # the number of frames that the packets should give, or 0 if that is unknown
         self.times = []     # the times of what is damaged since the latest key frame
         self.spoilt = set() # the times of frames that shown() yielded but that refer to damaged ones
         self.end = None     # the reason, in words, if reading stopped before the end of the file
@@ -77,7 +80,10 @@ def packets(container, stream, damage):
 def decoded(container, stream, damage):
     """Yield the frames of a stream. Unlike container.decode(), it continues after a damaged packet."""
     import av
+    counts = stream.codec_context.name in ONE_EACH
     for packet in chain(packets(container, stream, damage), [None]):    # None flushes the decoder
+        if counts and packet and not packet.is_discard:
+            damage.due += bool(damage.due or packet.is_keyframe)    # none can be decoded before a key frame
         try:
             frames = stream.decode(packet)
         except av.FFmpegError:
@@ -85,7 +91,11 @@ def decoded(container, stream, damage):
             if packet and packet.pts is not None:
                 damage.times.append(packet.pts)
             continue
-        yield from frames
+        for frame in frames:
+            counts = counts and not frame.interlaced_frame      # two packets can give one interlaced frame
+            yield frame
+    if not counts:
+        damage.due = 0
 
 
 # ------------------------------------------------------------------------------------- increasing times

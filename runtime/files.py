@@ -107,9 +107,10 @@ def is_out_of_shared_memory(error):
     return any(words in text for words in ("shared memory", "Bus error", "/torch_"))
 
 
-# The messages of C, torch's allocators, C++, the linker, oneDNN, and of a loader whose worker Linux killed.
+# The messages of C, torch's allocators, C++, the linker, oneDNN, Python's threads (each of which needs a
+# stack), and of a loader whose worker Linux killed.
 OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment|"
-                           r"could not create a primitive$|is killed by signal: Killed")
+                           r"could not create a primitive$|can't start new thread|is killed by signal: Killed")
 
 
 def is_out_of_memory(error):

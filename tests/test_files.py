@@ -175,6 +175,7 @@ def test_errors_take_one_line(tmp_path, capsys):
                          "memory: you tried to allocate 67108864 bytes.", RuntimeError),
                         ("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
                          RuntimeError),
+                        ("can't start new thread", RuntimeError),
                         ("DataLoader worker (pid 7) is killed by signal: Killed. ", RuntimeError)):
         with pytest.raises(SystemExit) as left:
             files.run(lambda: raised(words, kind))

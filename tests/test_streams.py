@@ -1,4 +1,5 @@
 """decode.py and streams.py: videos that are damaged or change their size, and animated pictures."""
+import re
 from fractions import Fraction
 
 import av
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import moving, write_clip
-from media import decode, faces, folders, sound, tracking
+from media import decode, faces, folders, sound, streams, tracking
 from runtime.files import UserError
 
 DAMAGED = (12, 13, 26)      # the numbers of packets among 40, with a key frame every 10
@@ -58,6 +59,43 @@ def test_a_damaged_packet_does_not_end_the_video(tmp_path, name, codec, numbers)
     assert np.median(late) < 3 and late[-1] < 5
     line, = said
     assert f"only {len(frames)}" in line and "damaged packets: " in line
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "b.mkv"])
+def test_frames_that_the_decoder_drops_without_an_error_are_counted(tmp_path, name):
+    """FFmpeg's HEVC decoder drops damaged frames, and the frames that remain give a lower rate."""
+    write_greys(tmp_path / name, "libx265")
+    blob = bytearray((tmp_path / name).read_bytes())
+    with av.open(str(tmp_path / name)) as container:
+        stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for k in DAMAGED:       # some bits of each slice
+        start = blob.find(stored[k][:40])
+        assert start > 0
+        for place in range(start + 8, start + 40, 4):
+            blob[place] ^= 0x55
+    (tmp_path / name).write_bytes(blob)
+    said = []
+    frames = list(decode.read_video(tmp_path / name, said.append))
+    line, = said
+    expected = int(re.search(r"of about (\d+) frames", line)[1])
+    assert len(frames) < 35 and f"only {len(frames)} of about" in line and 38 <= expected <= 40
+
+
+def test_interlaced_frames_are_not_counted_by_their_packets(tmp_path):
+    """A packet of an interlaced stream may hold half a frame."""
+    frames, damage = [], streams.Damage()
+    for flags in ("", "+ildct+ilme"):
+        with av.open(str(tmp_path / "a.mp4"), "w") as out:
+            stream = out.add_stream("libx264", rate=25, options={"flags": flags} if flags else {})
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for _ in range(5):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")))
+            out.mux(stream.encode())
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            frames.append(len(list(streams.decoded(container, container.streams.video[0], damage))))
+        assert damage.due == (0 if flags else 5)
+        damage = streams.Damage()
+    assert frames == [5, 5]
 
 
 @pytest.mark.parametrize("name,codec", [("a.mp4", "libx264"), ("b.mp4", "libx265"), ("c.avi", "mpeg4"),

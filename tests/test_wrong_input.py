@@ -93,6 +93,8 @@ def test_infer_refuses_wrong_input_in_one_line(wrong, checkpoint, change, words)
     (["evaluate.py", "--toy", "--timing", "--ablation", "--out", "x"], "leave out --out, --ablation"),
     (["evaluate.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
     (["meta_train.py", "--toy", "--data", "x"], "--toy draws its own heads: leave out --data"),
+    (["finetune.py", "--photos", "dark.png", "--no-adversarial", "--random", "w"],
+     "--no-adversarial and --random w"),
     (["meta_train.py", "--toy", "--steps", "3", "--epochs", "2"], "--epochs and --steps exclude each other"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--save-track", "track"], "end in .npz"),
     (["infer.py", "--photo", "copy.png", "--driver", "dark.mp4", "--out", "dark.mp4"], "it is also an input"),
