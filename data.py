@@ -169,7 +169,7 @@ def check_landmarks(videos, folder, config, checkpoint):
     """Raise UserError if these videos and the checkpoint's training data are from different detectors."""
     if videos.detector != config.landmarks:
         raise UserError(f"{folder} was prepared with {videos.detector} landmarks, but {checkpoint} was "
-                        f"trained with {config.landmarks}: prepare it with --landmarks {config.landmarks}")
+                        f"trained with {config.landmarks}: run data.py with --landmarks {config.landmarks}")
 
 
 class Episodes(torch.utils.data.Dataset):

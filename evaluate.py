@@ -16,7 +16,7 @@ at least a second apart. Photos, which have no times, are divided at random. No 
 
 Randomness: --seed chooses the videos and frames, and the triplets of the user study, and nothing else.
 Fine-tuning has its own generators with seed 0, the same for every video, T and method. So no row of a table
-depends on which other rows are computed. Each ablation of A.2 replaces one vector by normal noise with the
+depends on which other rows are computed. Each random start of A.2 replaces one vector by normal noise of the
 same mean and standard deviation, from another generator with seed 0. The vector is e_NEW (then the noise is
 cut off at 0, as by E's ReLU, and psi' and w' follow from it), or psi' = P e_NEW, or e_NEW in w' = w0 + e_NEW
 alone. Compare these rows with "Ours-FT, as in the paper".
@@ -187,7 +187,8 @@ def parse():
              "--K 1")
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--train-data", metavar="DIR",
-        help="the checkpoint's training data; adds the share of frames that are nearer to someone in it")
+        help="the checkpoint's training data; adds the share of frames that are nearer to someone in it than "
+             "to the person")
     add("--toy", action="store_true", help="cartoon heads that were not trained on, instead of --data")
     add("--shots", type=int, nargs="+", default=[1, 8, 32], metavar="T",
         help="numbers of frames to learn a person from (1 8 32)")

@@ -46,7 +46,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     x, y: (T, 3, S, S) in [-1, 1] on the networks' device.  content: a ContentLoss; None if epochs is 0.
     as_paper: use the learning rates of meta-learning, without decay. Otherwise they fall linearly from
     config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler". The paper does not give
-    fine-tuning's rates.  seed: of the order of the photos, and of the noise of `random`.
+    fine-tuning's rates.  seed: for shuffling the photos, and for the noise of `random`.
     others: ours, from beyond.likeness.other_poses(), or None to do without this term, as the paper does.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
@@ -149,12 +149,12 @@ def load_photos(paths, config, detect, max_frames=32):
     photos, problems, recognition = [], [], tell_apart()
     for path in paths:
         try:
-            shots = list(faces_in(path, detect, config.image_size, max_frames, recognition=recognition))
+            faces = list(faces_in(path, detect, config.image_size, max_frames, recognition=recognition))
         except UserError as e:
             problems.append(str(e))
             continue
-        photos.append(open_eyes_first(shots))
-        warn_of_quality(path, shots)
+        photos.append(open_eyes_first(faces))
+        warn_of_quality(path, faces)
     if problems:
         raise UserError("; ".join(problems))
     if len(photos) > 1:

@@ -6,7 +6,7 @@
     python infer.py --photo x.jpg --views                       # new viewpoints as in Fig. 6
 
 The result has as many frames as the driver, with its time stamps and sound. A long driving video needs no
-more memory than a short one, apart from half a kilobyte for the landmarks of each frame.
+more memory than a short one, apart from a few kilobytes for the landmarks of each frame.
 """
 import os
 

@@ -22,9 +22,10 @@ FM_WEIGHT, MATCH_WEIGHT = 10.0, 10.0            # Sec. 3.4
 VGG19_WEIGHT, VGGFACE_WEIGHT = 0.15, 0.025      # Sec. 3.4
 BETAS = (0.0, 0.999)                            # Adam's; the paper does not give them, BigGAN uses these
 
-# Ours, for small machines: with these weights the loss is about as large as with the VGG networks.
+# Ours, for small machines. With --content squeeze, the loss is about as large as with the VGG networks. The
+# weight of L1 alone was chosen in fine-tuning, where it is used together with dlib's recognition network.
 SQUEEZE_WEIGHT = 0.2
-PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 100.0}
+PIXEL_WEIGHT = {"vgg": 0.0, "squeeze": 40.0, "l1": 300.0}
 
 
 def l1(a, b):

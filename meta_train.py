@@ -56,13 +56,13 @@ PAPER = dict(
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
-    finetune_lr=6e-4, finetune_lr_d=6e-4)
+    content_weight=1 / 3, finetune_lr=6e-4, finetune_lr_d=6e-4)
 SMALL = PAPER | dict(       # the training of the bundled checkpoint, see weights/MODEL_CARD.md
     out="runs/small", save_every=150,
     channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,
     content_weight=0.3, face_weight=10.0, vector_weight=6.0,
     ema=0.999, augment=True, stills=0.3, psi_gain=8.0,
-    finetune_lr=6e-4, finetune_lr_d=6e-4, finetune_content="l1", lips=1.25)
+    finetune_lr=1e-3, finetune_lr_d=1e-3, finetune_content="l1", lips=1.25)
 
 
 # ----------------------------------------------------------------------------------------- the algorithm
@@ -151,7 +151,7 @@ def sample_grid(path, E, G, episodes, device, rows=8):
 
 def parse():
     parser = make_parser(__doc__)
-    add = parser.add_argument_group("the paper's (defaults without --toy and --small)").add_argument
+    add = parser.add_argument_group("settings (defaults without --toy and --small)").add_argument
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--out", metavar="DIR", help=f"folder of this run ({PAPER['out']})")
     add("--epochs", type=int, help="an epoch has as many episodes as there are videos (75; --no-match: 150)")
@@ -177,7 +177,7 @@ def parse():
         help="the factor of the content loss; a smaller one gives D more influence (1)")
     add("--linear-decay", action="store_true", help="let both learning rates fall linearly to 0 over the run")
     add("--grow-from", metavar="FILE",
-        help="start from a step-N.pt of the same sizes, or of half the size and without the first channel")
+        help="start from a step-N.pt of the same sizes, or of half the size and without the first width")
     add("--fix-embedder", action="store_true", help="with --grow-from: do not train E (see beyond/teach.py)")
     first, _ = parser.parse_known_args()
     if first.toy and first.small:

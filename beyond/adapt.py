@@ -36,7 +36,7 @@ class Source(NamedTuple):
 def identity(means, counts, model):
     """The posterior mean of a person's identity -> (K,).
 
-    People's identities are taken to be Gaussian, and so are the deviations of a person's photos from theirs.
+    A person's identity and the deviations of their photos from it are both taken to be Gaussian.
     means (m, K): z of each photo, or its mean over a clip.
     counts (m,): the number of independent photos that each of them is worth.
     """
@@ -118,8 +118,8 @@ def smooth(values, seconds, sigma, width, together):
 def adapt(track, source, motion, size, model, lips):
     """The landmarks that drive `source`: a Track of n frames -> (n, 68, 2), in pixels of a size x size crop.
 
-    motion "relative": the pose and expression of the source's photo, plus the difference between the driver's
-    and the driver's own neutral (the median over the track). The crop is that of the photo.
+    motion "relative": the pose and expression of the source's photo, plus how far the driver departs from
+    their own neutral, the median over the track. The crop is that of the photo.
     motion "absolute": the driver's pose and expression on the source's shape. The crop is that of the driver.
     motion "paper": the driver's landmarks as they are.
     In the first two, the lips open `lips` times as far as the driver's, and the source's lids close by the

@@ -32,7 +32,7 @@ def grow(E, G, D, path, config, episodes):
         channels = lambda c: " ".join(map(str, c.channels))
         raise UserError(f"--grow-from {path} has {was.image_size} pixels and channels {channels(was)}, this "
                         f"run {config.image_size} and {channels(config)}: use the same, or twice the pixels "
-                        "and one more channel in front")
+                        "and one more width in front")
 
     # the old tensors, under their new names: blocks are numbered from the outside
     renumbered = lambda m: f"{m[1]}.{int(m[2]) + half}."

@@ -20,25 +20,25 @@ def eye_opening(points):
     return (lids / 2 / distance([36, 42], [39, 45])).max(-1)
 
 
-def open_eyes_first(shots):
-    """The [Shot] of a photo or a clip -> Photo, which begins with a frame in which the eyes are open."""
-    points = np.stack([shot.points for shot in shots])
+def open_eyes_first(faces):
+    """The [FaceCrop] of a photo or a clip -> Photo, which begins with a frame in which the eyes are open."""
+    points = np.stack([face.points for face in faces])
     opening = eye_opening(points)
     first = np.argmax(opening >= max(SHUT, 0.8 * np.median(opening)))      # 0 if there are none
-    order = [first, *range(first), *range(first + 1, len(shots))]
-    return Photo(np.stack([shots[k].image for k in order]), points[order])
+    order = [first, *range(first), *range(first + 1, len(faces))]
+    return Photo(np.stack([faces[k].image for k in order]), points[order])
 
 
-def warn_of_quality(path, shots):
-    """Warn if the photo or clip will not make a good result. shots: what faces_in(path) yields."""
-    made_up, width = (np.median([getattr(shot, name) for shot in shots]) for name in ("made_up", "width"))
+def warn_of_quality(path, faces):
+    """Warn if the photo or clip will not make a good result. faces: what faces_in(path) yields."""
+    made_up, width = (np.median([getattr(face, name) for face in faces]) for name in ("made_up", "width"))
     if made_up > MADE_UP:
         warn(f"{path} is cut tight: {made_up:.0%} of the crop lies outside the picture and had to be made "
              "up; a photo with more space around the head looks better")
     if width < SMALL_FACE:
         warn(f"the face in {path} is only {width:.0f} pixels wide, so the result will be blurred: a "
              "larger photo looks better")
-    if np.median(eye_opening(np.stack([shot.points for shot in shots]))) < SHUT:
+    if np.median(eye_opening(np.stack([face.points for face in faces]))) < SHUT:
         warn(f"the eyes in {path} are shut, or nearly so; a photo with open eyes looks better")
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from losses import l1
 from media.recognition import FaceFeatures
 
-FACE_WEIGHT = 10.0      # of FaceTerm in fine-tuning and in beyond/teach.py
+FACE_WEIGHT = 10.0      # of FaceTerm in fine-tuning
 
 
 class FaceTerm(nn.Module):

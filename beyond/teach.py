@@ -3,7 +3,7 @@
     python -m beyond.teach --data prepared --checkpoint runs/small/step-8100.pt --out runs/taught.pt
     python meta_train.py --small --grow-from runs/taught.pt --fix-embedder
 
-In meta-learning, E's only signal about identity is the gradient of the content loss that reaches it through G
+In meta-learning, E's main signal about identity is the gradient of the content loss that reaches it through G
 and P. A small machine sees too few pictures for E to learn much from it. So E is distilled from the
 recognition network here:
 
@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from beyond.augment import augment
-from beyond.recognition import FACE_WEIGHT, FaceTerm
+from beyond.recognition import FaceTerm
 from data import Episodes, PreparedVideos, batches, check_landmarks
 from losses import ContentLoss
 from runtime.checkpoint import load_checkpoint, load_networks, save_checkpoint
@@ -32,6 +32,7 @@ from runtime.files import check_least, check_paths, make_parser, run
 
 TEACH_BETAS = (0.9, 0.99)       # of Adam; not BigGAN's (0, 0.999), because no loss here is adversarial
 LR_E, LR_P = 1e-3, 5e-4
+FACE_WEIGHT = 30.0              # in (3), of the recognition network beside L1 on pixels
 VECTOR_WEIGHT = 6.0             # in (3), of the recognition network's vector; each earlier layer has weight 1
 BATCH = 32                      # frames in (1); (3) has a quarter as many episodes, each of 3 frames
 STILLS = 0.3                    # the share of episodes that are made of one frame, as in meta_train.SMALL

@@ -240,9 +240,9 @@ def caption(videos, drivers, judge, strangers, same):
         "to the person. Mouth r, yaw r, roll r: correlations with the driver. Mouth amplitude: the standard "
         "deviation of the mouth's opening, divided by the driver's. Landmarks: their error in % of the "
         "distance between the outer eye corners. CSIM to the photo and to the driver: with the photo that is "
-        "driven, and with the driver's frames. Crossed lips: the share of frames in which the upper lip lies "
-        "below the lower one. Frame changes: the mean change from frame to frame, divided "
-        "by the driver's.")
+        "driven, and with the driver's frames. Crossed lips: the share of frames whose input landmarks "
+        "have the upper lip below the lower one. Frame changes: the mean change from one frame to the next, "
+        "divided by the driver's.")
 
 
 def ranking(rows, best):

@@ -67,7 +67,7 @@ def walk(root, out=None):
     while folders or links:
         folder = folders.pop(0) if folders else links.pop(0)
         if folder_id(folder) in seen:
-            yield folder, [], ["skipped, because it links to a folder that is used already, or contains it"]
+            yield folder, [], ["skipped, because it links to a folder that is used already or lies above"]
             continue
         seen.add(folder_id(folder))
         try:
@@ -118,7 +118,7 @@ def first_names(names):
 
 # --------------------------------------------------------------------------------------------- faces
 
-class Shot(NamedTuple):
+class FaceCrop(NamedTuple):
     """The crop of a face in a photo or in a frame of a clip, as all stages use it."""
     image: np.ndarray       # uint8 (size, size, 3)
     points: np.ndarray      # landmarks (68, 2) float32, in pixels of the image
@@ -133,15 +133,15 @@ class Photo(NamedTuple):
     points: np.ndarray      # (m, 68, 2), in pixels of the frames
 
 
-def cut_shot(image, points, box, size, seconds):
-    """Picture uint8 (H, W, 3), landmarks (68, 2) in its pixels, box (3,) from face_box() -> Shot."""
+def crop_face(image, points, box, size, seconds):
+    """Picture uint8 (H, W, 3), landmarks (68, 2) in its pixels, box (3,) from face_box() -> FaceCrop."""
     box = inside(box, image)
-    return Shot(crop(image, box, size), to_crop(points, box, size), seconds, made_up(box, image),
-                float(np.ptp(points[:, 0])))
+    return FaceCrop(crop(image, box, size), to_crop(points, box, size), seconds, made_up(box, image),
+                    float(np.ptp(points[:, 0])))
 
 
 def faces_in(path, detect, size, max_frames=0, complain=warn, recognition=None):
-    """Yield the Shot of a photo, or a Shot for each frame with a face of a clip.
+    """Yield the FaceCrop of a photo, or one for each frame of a clip that shows a face.
 
     detect: a faces.Detector.  size: of the crops.  max_frames: use at most this many frames of a clip, evenly
     spaced; 0 means all.  recognition: as for a Follower.  complain(line) is called if the picture had to be
@@ -156,7 +156,7 @@ def faces_in(path, detect, size, max_frames=0, complain=warn, recognition=None):
 
 
 def face_in_photo(path, detect, size, complain):
-    """-> Shot; see faces_in()."""
+    """-> FaceCrop; see faces_in()."""
     image, faces, turns = upright(read_photo(path), detect)
     if not faces:
         raise UserError(f"no face found in {path}, not even with the photo rotated; if it shows a face that "
@@ -168,11 +168,11 @@ def face_in_photo(path, detect, size, complain):
     if turns:
         complain(f"{path} {TURNED[turns]}")
     points = detect.landmarks(image, face)
-    return cut_shot(image, points, face_box(points), size, 0.0)
+    return crop_face(image, points, face_box(points), size, 0.0)
 
 
 def faces_in_clip(path, detect, size, max_frames, complain, recognition):
-    """Yield a Shot of each frame with a face, but not of frames that damage has spoilt; see faces_in()."""
+    """Yield a FaceCrop of each frame with a face, except frames that damage has spoilt; see faces_in()."""
     count = count_frames(path) if max_frames else 0
     chosen = set(evenly(range(count), max_frames)) if count > max_frames else range(sys.maxsize)
     track = track_video(path, detect, lambda k: k in chosen, complain=complain, recognition=recognition)
@@ -185,7 +185,7 @@ def faces_in_clip(path, detect, size, max_frames, complain, recognition):
         if k is not None and not is_spoilt(frame):
             used += 1
             image = np.rot90(to_rgb(frame), track.turns)
-            shot = cut_shot(image, track.points[k], boxes[k], size, float(times[k]))
-            yield shot._replace(image=to_srgb_from_hdr(shot.image, frame))
+            face = crop_face(image, track.points[k], boxes[k], size, float(times[k]))
+            yield face._replace(image=to_srgb_from_hdr(face.image, frame))
     if not used:
         raise UserError(f"{path} is so damaged that no frame with a face can be used: use another file")

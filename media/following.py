@@ -7,7 +7,7 @@ import numpy as np
 from media.crops import crop, face_box, to_crop
 from media.faces import NEARLY, SURE, overlap, where, which_face
 
-LATER = 0.25    # the worth of a frame of somebody else than the first person, who may be a guest
+LATER = 0.25    # the worth of a frame of anybody but the first person: others may be guests
 PEOPLE = 20     # the number of people that are remembered
 
 
@@ -36,7 +36,7 @@ class Person:
 
 
 def remembered(people, new):
-    """These people and a new one, without those who were followed least if they are more than PEOPLE."""
+    """These people and a new one, at most PEOPLE in all: those who were followed least are left out."""
     return [*sorted(people, key=Person.weight)[1 - PEOPLE:], new]
 
 
@@ -55,7 +55,7 @@ class Follower:
     """
 
     LOST = 1.0          # seconds without the followed face after which another one may be chosen
-    PATIENCE = 0.5      # seconds between two searches of large copies, and for the main person
+    PATIENCE = 0.5      # seconds between searches of large copies, or for the main person
 
     def __init__(self, detector, recognition=None, turns=0):
         """detector: a faces.Detector.  recognition: a recognition.Recognition, or None to do without.
@@ -179,9 +179,9 @@ class Follower:
         return best
 
     def return_to_person(self, faces, chosen, image, seconds):
-        """-> ([Face], chosen), with another face chosen if that is the person who was followed longest.
+        """-> ([Face], chosen), with another face chosen if it is the person who was followed longest.
 
-        That may also be the one who is followed now, at another place: not every cut is detected. The person
+        That can be the person who is followed now, in another place, because some cuts are missed. The person
         may return smaller than the face that is followed meanwhile, so a larger copy is searched.
         """
         longest = max(self.people, key=Person.weight)

@@ -129,18 +129,18 @@ def _job(*arguments):
 def _prepare(files, out, size, max_frames):
     """Prepare one sequence -> the number of frames stored, how many of them are above MADE_UP, [problems]."""
     files = evenly(files, max_frames or len(files))
-    jpegs, numbers, shots, vectors, problems = [], [], [], [], []
+    jpegs, numbers, faces, vectors, problems = [], [], [], [], []
     compared = evenly(range(len(files)), COMPARED) if len(files) > 1 else []
     for number, file in enumerate(files):
         try:
             share = max_frames // len(files)
-            for shot in faces_in(file, _detect, size, share, problems.append, _recognition):
+            for face in faces_in(file, _detect, size, share, problems.append, _recognition):
                 if number in compared and number not in numbers:
-                    vectors.append(_recognition.vector(shot.image, shot.points))
+                    vectors.append(_recognition.vector(face.image, face.points))
                 buffer = io.BytesIO()
-                Image.fromarray(shot.image).save(buffer, "JPEG", quality=95, subsampling=0)
+                Image.fromarray(face.image).save(buffer, "JPEG", quality=95, subsampling=0)
                 jpegs.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
-                shots.append(shot._replace(image=None))     # to save memory
+                faces.append(face._replace(image=None))     # to save memory
                 numbers.append(number)
         except UserError as e:
             problems.append(str(e))
@@ -153,11 +153,11 @@ def _prepare(files, out, size, max_frames):
     if are_several(vectors):
         problems.append(f"{files[0].parent}: the files seem to show several people, but were prepared as one "
                         "person: give each person a folder")
-    shares = torch.tensor([shot.made_up for shot in shots])
+    shares = torch.tensor([face.made_up for face in faces])
     save_tensors({"jpeg": torch.cat(jpegs),
                   "offsets": torch.tensor([0] + [len(j) for j in jpegs]).cumsum(0),
-                  "landmarks": torch.from_numpy(np.stack([shot.points for shot in shots])),
+                  "landmarks": torch.from_numpy(np.stack([face.points for face in faces])),
                   "file": torch.tensor(numbers),
-                  "seconds": torch.tensor([shot.seconds for shot in shots], dtype=torch.float64),
+                  "seconds": torch.tensor([face.seconds for face in faces], dtype=torch.float64),
                   "made_up": shares, "image_size": size, "detector": _detect.kind}, out)
     return len(jpegs), int((shares > MADE_UP).sum()), problems

@@ -1,4 +1,4 @@
-"""Writing the sound of one media file into another: copied, or re-encoded if an mp4 cannot hold it.
+"""Writing a media file's sound into an mp4: copied, or re-encoded if browsers would not play it there.
 
     sound_from = usable_sound("v.mp4")  # the path; None, with a warning, if it has no usable sound
     with Sound(sound_from, out, start) as sound:    # out: an av container that is being written
@@ -84,7 +84,7 @@ class Sound:
     def write_until(self, seconds):
         """Write the packets up to this time of the result.
 
-        If the sound cannot be read on, the result's sound ends there, and __exit__() warns. The pictures are
+        If reading the sound fails, the result's sound ends there, and __exit__() warns. The pictures are
         not affected.
         """
         import av

@@ -186,7 +186,7 @@ class JoinedClock:
     def increasing(self, time):
         """A time in units of base -> a later time than the one before, or None for sound that is dropped.
 
-        Sound is dropped, because two parts overlap, or because it has no time.
+        Sound is dropped if two parts overlap, or if it has no time.
         """
         if time is None:
             return None
@@ -203,9 +203,9 @@ class JoinedClock:
 
 class Joint(NamedTuple):
     """Where the sound of a recording that was joined from several files starts again. In seconds."""
-    begins: float       # when the picture of the next part begins, after which the sound before is dropped;
+    begins: float       # when the next part's picture begins; later sound of the part before is dropped;
                         # None at the sound's own beginning, if the parts before it have no sound
-    shift: float        # how much later than its stored times the sound behind the joint is heard
+    shift: float        # how much later than its stored times the sound after the joint is heard
 
 
 def find_joints(path, sound):

@@ -110,7 +110,8 @@ def is_out_of_shared_memory(error):
 # The messages of C, torch's allocators, C++, the linker, oneDNN, Python's threads (each of which needs a
 # stack), and of a loader whose worker Linux killed.
 OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment|"
-                           r"could not create a primitive$|can't start new thread|is killed by signal: Killed")
+                           r"could not create a primitive$|can't start new thread|"
+                           r"is killed by signal: Killed")
 
 
 def is_out_of_memory(error):
