@@ -51,7 +51,7 @@ LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and le
 ]
 
 
-LINE_WIDTH = 1.85 / 256     # of the picture's width
+LINE_WIDTH = 1.85 / 256     # of the picture; as bright as the lines in the bundled training
 
 
 def draw_landmarks(points, size):

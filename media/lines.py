@@ -1,7 +1,7 @@
-"""Lines with exact positions.
+"""Drawing lines with exact positions.
 
-Drawing libraries round the ends of a line, PIL to whole pixels. A line that moves by a fiftieth of a pixel then
-jumps now and then, and G's pictures tremble.
+PIL rounds the ends of a line to whole pixels. A line that moves by a fiftieth of a pixel would then jump now
+and then, and G's pictures would tremble.
 """
 import numpy as np
 
