@@ -55,7 +55,7 @@ LINE_WIDTH = 1.85 / 256     # of the picture; as bright as the lines in the bund
 
 
 def draw_landmarks(points, size):
-    """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> uint8 (size, size, 3), lines on black."""
+    """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> lines, uint8 (size, size, 3)."""
     image = np.zeros((size, size, 3), np.float32)
     for first, end, closed, colour in LINES:
         draw_line(image, points[first:end], LINE_WIDTH * size, colour, closed)
