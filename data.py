@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from media.crops import MADE_UP
-from media.lines import draw_line
+from media.lines import draw_lines
 from media.prepare import default_workers, prepare
 from runtime.device import usable_cores
 from runtime.files import UserError, make_parser, raise_if_out_of_memory, run, warn
@@ -57,8 +57,8 @@ LINE_WIDTH = 1.85 / 256     # of the picture; as bright as the lines in the bund
 def draw_landmarks(points, size):
     """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> lines, uint8 (size, size, 3)."""
     image = np.zeros((size, size, 3), np.float32)
-    for first, end, closed, colour in LINES:
-        draw_line(image, points[first:end], LINE_WIDTH * size, colour, closed)
+    lines = [(points[first:end], closed, colour) for first, end, closed, colour in LINES]
+    draw_lines(image, lines, LINE_WIDTH * size)
     return image.round().astype(np.uint8)
 
 

@@ -6,16 +6,16 @@ and then, and G's pictures would tremble.
 import numpy as np
 
 
-def draw_line(image, points, width, colour, closed=False):
-    """Draw a line through points (n, 2) in place: image float32 (H, W, 3), width in pixels, colour (3,).
+def draw_lines(image, lines, width):
+    """Draw lines in place: image float32 (H, W, 3), width in pixels, lines [(points (n, 2), closed, colour)].
 
     Each pixel is mixed with the colour by the share of it that the line covers, which is computed from its
-    distance to the nearest segment. The ends and joints of the line are round. closed: join the ends, too.
+    distance to the nearest segment. The ends and joints of a line are round. closed: join the ends, too.
     """
-    points = np.asarray(points, np.float32)
-    starts, ends = points, np.roll(points, -1, axis=0)
-    if not closed:
-        starts, ends = starts[:-1], ends[:-1]
+    # the segments of all lines, because one call of NumPy for all is faster than one for each
+    starts = np.concatenate([p if closed else p[:-1] for p, closed, _ in lines]).astype(np.float32)
+    ends = np.concatenate([part for p, closed, _ in lines for part in (p[1:], p[:closed])]).astype(np.float32)
+    line = np.repeat(np.arange(len(lines)), [len(p) - 1 + closed for p, closed, _ in lines])
 
     # a box of pixels around each of the n segments
     size, reach = image.shape[1::-1], width / 2 + 1
@@ -31,9 +31,14 @@ def draw_line(image, points, width, colour, closed=False):
     distance = np.sqrt((dx - along * ux) ** 2 + (dy - along * uy) ** 2)                 # (n, k, k)
     share = np.minimum(distance + width / 2, 0.5) - np.maximum(distance - width / 2, -0.5)
     segment, row, column = np.nonzero((share > 0) & (x < size[0]) & (y < size[1]))
-    at = row + first[segment, 1].astype(int), column + first[segment, 0].astype(int)
+    share, line = share[segment, row, column], line[segment]
+    row, column = row + first[segment, 1].astype(int), column + first[segment, 0].astype(int)
 
-    # where segments overlap, the larger share counts
+    # where segments of a line overlap, the larger share counts; later lines lie over earlier ones
     most = np.zeros(image.shape[:2], np.float32)
-    np.maximum.at(most, at, share[segment, row, column])
-    image[at] += most[at][:, None] * (np.float32(colour) - image[at])
+    for k, (_, _, colour) in enumerate(lines):
+        own = line == k
+        at = row[own], column[own]
+        most[at] = 0
+        np.maximum.at(most, at, share[own])
+        image[at] += most[at][:, None] * (np.float32(colour) - image[at])

@@ -15,7 +15,7 @@ from beyond.toy import ToyHeads
 from conftest import PHOTO, here, moving, prepare, write_clip
 from media import crops, faces, folders, photos
 from media.decode import read_video, to_rgb
-from media.lines import draw_line
+from media.lines import draw_lines
 from runtime.files import UserError
 
 
@@ -56,13 +56,14 @@ def test_lines_grow_with_the_image(size, rows):
 def test_a_pixel_gets_the_share_that_the_line_covers():
     """A line 2 wide at a height of 10.25 covers 9.25 to 11.25, and pixel 9 is from 8.5 to 9.5."""
     image = np.zeros((20, 20, 3), np.float32)
-    draw_line(image, [(2, 10.25), (8, 10.25), (30, 10.25)], 2, (100, 0, 200))
+    draw = lambda points, colour: draw_lines(image, [(np.array(points), False, colour)], 2)
+    draw([(2, 10.25), (8, 10.25), (30, 10.25)], (100, 0, 200))
     assert image[8:13, 10, 0] == pytest.approx([0, 25, 100, 75, 0]) and (image[..., 1] == 0).all()
     assert (image[:, 4:] == image[:, 4:5]).all() and image[10, 0].sum() == 0      # beyond the border, too
-    draw_line(image, [(10, -50), (10, 50)], 2, (0, 100, 0))                       # over the first one
+    draw([(10, -50), (10, 50)], (0, 100, 0))                                      # over the first one
     assert image[:, 10].tolist() == [[0, 100, 0]] * 20
     before = image.copy()
-    draw_line(image, [(-30, -30), (-30, 60), (200, 90)], 2, (9, 9, 9), closed=False)
+    draw([(-30, -30), (-30, 60), (200, 90)], (9, 9, 9))
     assert np.array_equal(image, before)            # it lies outside
 
 

@@ -93,10 +93,10 @@ def hinge(D, w, x, x_hat, y):
 
 
 def content_adversarial_and_matching(D, w, x, x_hat, y):
-    """The terms that eq. 3 and 9 share, for one frame. 100 times L1 stands for the content loss."""
+    """The terms that eq. 3 and 9 share, for one frame. 300 times L1 stands for the content loss."""
     (v, fake), (_, real) = D.V(x_hat, y), D.V(x, y)
     score = v[0] @ w + D.b                                              # eq. 5, 8
-    return [100 * l1(x_hat, x), -score, 10 * sum(map(l1, fake, real)) / len(real)]
+    return [300 * l1(x_hat, x), -score, 10 * sum(map(l1, fake, real)) / len(real)]
 
 
 def reference_step(E, G, D, row, x, y, lr_EG, lr_D, content_weight=1.0, match_weight=10.0):
