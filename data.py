@@ -49,13 +49,11 @@ LINES = [  # the 68 iBUG points: (first, last + 1, closed, colour); right and le
     (48, 60, True, (255, 255, 0)),      # outer lips
     (60, 68, True, (255, 128, 0)),      # inner lips
 ]
-
-
-LINE_WIDTH = 1.85 / 256     # of the picture; as bright as the lines in the bundled training
+LINE_WIDTH = 1.85 / 256     # of the picture's width; as bright as in the training of the checkpoint
 
 
 def draw_landmarks(points, size):
-    """y of Sec. 3.1: points (68, 2) in pixels of a size x size crop -> lines, uint8 (size, size, 3)."""
+    """y of Sec. 3.1: points (68, 2) in pixels of the crop -> lines on black, uint8 (size, size, 3)."""
     image = np.zeros((size, size, 3), np.float32)
     lines = [(points[first:end], closed, colour) for first, end, closed, colour in LINES]
     draw_lines(image, lines, LINE_WIDTH * size)

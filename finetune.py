@@ -213,7 +213,8 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
     """
     config, (E, G, D) = state["config"], load_networks(state)
     x, y = (part.to(device) for part in to_networks(photos))
-    content = content and content.to(device)
+    # as in finetune(), but already here, so that other_poses() computes the same for every person
+    content = content and content.to(device, memory_format=torch.channels_last)
     others = None
     if epochs and not as_paper:
         others = other_poses(x, [photo.points for photo in photos], content)

@@ -56,7 +56,7 @@ PAPER = dict(
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
-    content_weight=1 / 3, finetune_lr=6e-4, finetune_lr_d=6e-4)
+    content_weight=1 / 3, finetune_lr=6e-4, finetune_lr_d=6e-4)     # a third of losses.PIXEL_WEIGHT
 SMALL = PAPER | dict(       # the training of the bundled checkpoint, see weights/MODEL_CARD.md
     out="runs/small", save_every=150,
     channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,

@@ -32,7 +32,7 @@ from runtime.files import check_least, check_paths, make_parser, run
 
 TEACH_BETAS = (0.9, 0.99)       # of Adam; not BigGAN's (0, 0.999), because no loss here is adversarial
 LR_E, LR_P = 1e-3, 5e-4
-FACE_WEIGHT = 30.0              # in (3), of the recognition network beside L1 on pixels
+FACE_WEIGHT = 30.0              # in (3), of FaceTerm, beside the 300 of L1 on pixels
 VECTOR_WEIGHT = 6.0             # in (3), of the recognition network's vector; each earlier layer has weight 1
 BATCH = 32                      # frames in (1); (3) has a quarter as many episodes, each of 3 frames
 STILLS = 0.3                    # the share of episodes that are made of one frame, as in meta_train.SMALL

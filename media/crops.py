@@ -31,7 +31,7 @@ def steady_boxes(points, times, shot):
     """Boxes that do not jitter, one for each frame of a video: landmarks (n, 68, 2) -> (n, 3).
 
     Each is a mean of face_box() over its shot, with Gaussian weights in time (standard deviation: 1 second).
-    If somebody walks, the face can be far from this mean, so it is moved until the face is in the crop.
+    If somebody walks, the face can leave such a box, so the box is moved as far as REACH requires.
     times (n,) in seconds.  shot (n,): from shots().
     """
     boxes = face_box(points)

@@ -68,7 +68,7 @@ def test_a_pixel_gets_the_share_that_the_line_covers():
 
 
 def test_a_drawing_follows_movements_of_a_fiftieth_of_a_pixel():
-    """With PIL, whose lines have ends at whole pixels, half of such movements changed nothing."""
+    """PIL's lines end at whole pixels: such a movement makes them jump, or does not move them at all."""
     points = ToyHeads(1, 256).load(0, [0])[1][0]
     drawings = [data.draw_landmarks(points + move, 256).astype(float) for move in (0, 0.02, 0.2)]
     small, large = (np.abs(drawing - drawings[0]).mean() for drawing in drawings[1:])

@@ -83,8 +83,8 @@ def test_frames_that_the_decoder_drops_without_an_error_are_counted(tmp_path, na
 
 def test_interlaced_frames_are_not_counted_by_their_packets(tmp_path):
     """A packet of an interlaced stream may hold half a frame."""
-    frames, damage = [], streams.Damage()
     for flags in ("", "+ildct+ilme"):
+        damage = streams.Damage()
         with av.open(str(tmp_path / "a.mp4"), "w") as out:
             stream = out.add_stream("libx264", rate=25, options={"flags": flags} if flags else {})
             stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -92,10 +92,8 @@ def test_interlaced_frames_are_not_counted_by_their_packets(tmp_path):
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")))
             out.mux(stream.encode())
         with av.open(str(tmp_path / "a.mp4")) as container:
-            frames.append(len(list(streams.decoded(container, container.streams.video[0], damage))))
+            assert len(list(streams.decoded(container, container.streams.video[0], damage))) == 5
         assert damage.due == (0 if flags else 5)
-        damage = streams.Damage()
-    assert frames == [5, 5]
 
 
 @pytest.mark.parametrize("name,codec", [("a.mp4", "libx264"), ("b.mp4", "libx265"), ("c.avi", "mpeg4"),

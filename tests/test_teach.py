@@ -57,7 +57,7 @@ def test_E_learns_to_predict_the_teachers_vectors(nets):
     before = copy.deepcopy(E)
     r2_at_first = teach.teach_embedder(copy.deepcopy(E), 32, teacher, episodes(1, 8), 5, cpu)
     r2 = teach.teach_embedder(E, 32, teacher, episodes(1, 8), 150, cpu)
-    assert r2 > 0.5 > 0.1 > r2_at_first
+    assert r2 > 0.6 > 0.1 > r2_at_first
     parameters = zip(before.net.blocks.parameters(), E.net.blocks.parameters())
     assert not any(torch.equal(p, q) for p, q in parameters)
 
@@ -143,8 +143,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
         E, _, D = load_networks(load_checkpoint(path))
         with torch.no_grad(), autocast(x.device):       # as in the training
             average.append(D.w0 + E(x, y).mean(0))
-    assert torch.allclose(*average, atol=0.02, rtol=0.01)
-    assert not torch.allclose(old["w0"], new["w0"], atol=0.1)
+    assert torch.allclose(*average, atol=0.02) and not torch.allclose(old["w0"], new["w0"], atol=0.1)
 
     # meta-learning can go on from it, with its gain
     train = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--grow-from", "taught.pt"]
