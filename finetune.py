@@ -184,7 +184,8 @@ def add_finetuning_flags(parser):
 
 def add_content_flags(parser):
     add = parser.add_argument
-    add("--content", choices=("vgg", "squeeze", "l1"), help="the content loss (default: the checkpoint's)")
+    add("--content", choices=("vgg", "squeeze", "l1"),
+        help="the content loss (default: the one that the checkpoint names for fine-tuning)")
     add("--vgg19", metavar="FILE", help="MatConvNet's imagenet-vgg-verydeep-19.mat, for --content vgg")
     add("--vggface", metavar="FILE", help="MatConvNet's vgg-face.mat, for --content vgg")
 

@@ -153,7 +153,7 @@ def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("settings (defaults without --toy and --small)").add_argument
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
-    add("--out", metavar="DIR", help=f"folder of this run ({PAPER['out']})")
+    add("--out", metavar="DIR", help="folder of this run (runs/meta, runs/toy or runs/small)")
     add("--epochs", type=int, help="an epoch has as many episodes as there are videos (75; --no-match: 150)")
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, help="episodes per step, over all ranks (48)")
