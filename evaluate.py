@@ -10,9 +10,10 @@
 
 The videos should show people whom the checkpoint was not trained on. Each person is learned from T frames.
 Then 32 hold-out frames are generated from their own landmarks (as with infer.py's --motion paper) and
-compared with the real ones. A prepared folder with train/NAME and test/NAME keeps that split. Otherwise,
-the frames to learn from are drawn from the first part of a video, and the hold-out frames from its last part,
-at least a second apart. Photos, which have no times, are divided at random. No frame is in both parts.
+compared with the real ones. If the prepared folder has train/NAME and test/NAME, the frames to learn from are
+drawn from the first and the hold-out frames from the second. Otherwise they are drawn from the first and from
+the last part of a video, at least a second apart. Photos, which have no times, are divided at random. No frame
+is in both parts.
 
 Randomness: --seed chooses the videos and frames, and the triplets of the user study, and nothing else.
 Fine-tuning has its own generators with seed 0, the same for every video, T and method. So no row of a table
@@ -54,7 +55,7 @@ from runtime.checkpoint import load_checkpoint, load_networks
 from runtime.device import default_device
 from runtime.files import UserError, atomic, check_idle, check_paths, make_parser, run, warn
 
-ABLATION = {  # A.2: the arguments of finetune()
+ABLATION = {  # A.2: the arguments of finetune(). The paper randomises w' only after training without L_MCH.
     "without L'_ADV": {"adversarial": False},
     "random w'": {"random": "w"},
     "random psi'": {"random": "psi"},
@@ -183,8 +184,8 @@ def parse():
     add("--checkpoint", metavar="FILE",
         help="a step-N.pt of meta_train.py (default: the bundled checkpoint; with --toy, weights/toy.pt)")
     add("--ff-checkpoint", metavar="FILE",
-        help="a checkpoint of meta_train.py --no-match, for the row Ours-FF; for --ablation, train it with "
-             "--K 1")
+        help="a checkpoint of meta_train.py --no-match, for the row Ours-FF; A.2 needs one of --K 1, and "
+             "Ours-FF is then not Table 1's")
     add("--data", metavar="DIR", help="folder that data.py prepared (default: prepared)")
     add("--train-data", metavar="DIR",
         help="the checkpoint's training data; adds the share of frames that are nearer to someone in it than "

@@ -214,7 +214,8 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
     """
     config, (E, G, D) = state["config"], load_networks(state)
     x, y = (part.to(device) for part in to_networks(photos))
-    # as in finetune(), but already here, so that other_poses() computes the same for every person
+    # Already here, not only in finetune(): otherwise other_poses() would use another memory layout for the
+    # first person than for later ones, and round differently.
     content = content and content.to(device, memory_format=torch.channels_last)
     others = None
     if epochs and not as_paper:

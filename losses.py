@@ -1,7 +1,7 @@
 """The losses of Sec. 3.2 and 3.3. Images are (B, 3, S, S) in [-1, 1]; every loss is a scalar tensor.
 
     L   = L_CNT + L_ADV + L_MCH      for E and G in meta-learning    (eq. 3; L_ADV is eq. 4)
-    L'  = L_CNT + L_ADV              for psi, psi' in fine-tuning    (eq. 9)
+    L'  = L'_CNT + L'_ADV            for psi, psi' in fine-tuning    (eq. 9)
     L_DSC                            for D in both stages            (eq. 6, eq. 10)
 
 The second half of the file has the fixed networks of L_CNT: VGG19 and VGGFace from MatConvNet's files
@@ -80,7 +80,7 @@ class ContentLoss(nn.Module):
                             "add --content vgg or leave them out")
         self.kind, self.pixel_weight, self.terms = kind, PIXEL_WEIGHT[kind], nn.ModuleList()
         self.extra, self.weight = extra, weight
-        self.add_extra = extra is not None and not vggface
+        self.add_extra = extra is not None and not vggface      # beyond.likeness uses extra.net in any case
         if kind == "vgg":
             self.terms.append(vgg19_features(vgg19, VGG19_WEIGHT))
             if vggface:
@@ -115,7 +115,7 @@ IMAGENET_STD = [255 * s for s in (0.229, 0.224, 0.225)]
 class Features(nn.Module):
     """A fixed network that returns the activations of `layers`.
 
-    forward() takes images in [-1, 1] and gives the network (RGB levels - mean) / std.
+    forward() takes images in [-1, 1] and feeds the network with (RGB levels - mean) / std.
     """
 
     def __init__(self, net, layers, mean, std, weight):

@@ -1,6 +1,6 @@
 """Stage 1, Sec. 3.2: meta-learning of E, G and D on a prepared folder of many people's videos.
 
-    torchrun --nproc_per_node 8 meta_train.py --data prepared --out runs/meta   # as in the paper, on 8 GPUs
+    torchrun --nproc_per_node 8 meta_train.py --vgg19 FILE --vggface FILE       # as in the paper, on 8 GPUs
     python meta_train.py --toy                                  # cartoon heads, under an hour on a CPU
     python meta_train.py --small --data prepared                # real people, about a day on a CPU
     python meta_train.py ... --resume                           # continue a run that was stopped, exactly
@@ -56,7 +56,7 @@ PAPER = dict(
 TOY = PAPER | dict(
     out="runs/toy", save_every=300, steps=1500,
     image_size=64, channels=(32, 64, 128), K=4, batch=8, lr=3e-4, lr_d=3e-4, content="l1",
-    content_weight=1 / 3, finetune_lr=6e-4, finetune_lr_d=6e-4)     # a third of losses.PIXEL_WEIGHT
+    finetune_lr=6e-4, finetune_lr_d=6e-4, content_weight=1 / 3)     # a third of losses.PIXEL_WEIGHT
 SMALL = PAPER | dict(       # the training of the bundled checkpoint, see weights/MODEL_CARD.md
     out="runs/small", save_every=150,
     channels=(16, 16, 32, 64, 256), K=2, batch=8, lr=2e-4, lr_d=1e-4, content="squeeze", match_weight=0.3,

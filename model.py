@@ -60,7 +60,7 @@ class Config:
         widths = list(self.channels[:-1])
         while self.image_size >> len(widths) > 4:
             widths.append(min(2 * widths[-1], self.N))
-        return widths[:-1] + [self.N]
+        return widths[:-1] + [self.N]       # the last width is N, even if doubling has not reached it
 
 
 # ------------------------------------------------------------------------------------- blocks
@@ -239,7 +239,7 @@ class Generator(nn.Module):
 
         self.attention_down_after = int(math.log2(cfg.image_size // 32))    # in the encoder at 32x32
         self.attention_down = SelfAttention(down[self.attention_down_after])
-        self.attention_up_after = 2                     # in the decoder at 4 times the bottleneck: 64x64
+        self.attention_up_after = 2         # in the decoder at 4 times the bottleneck: 64x64; --small: 32x32
         self.attention_up = SelfAttention(up[2])
 
         # One linear layer gives every gamma and beta (A.4), in the order in which render() uses them: two
@@ -302,7 +302,7 @@ class Discriminator(nn.Module):
         super().__init__()
         N = cfg.N
         self.V = ConvNet(cfg, last_block=True)
-        self.w0 = nn.Parameter(torch.empty(N).uniform_(-1 / math.sqrt(N), 1 / math.sqrt(N)))
+        self.w0 = nn.Parameter(torch.empty(N).uniform_(-N ** -0.5, N ** -0.5))     # as nn.Linear(N, 1) starts
         self.b = nn.Parameter(torch.zeros(()))
         self.W = nn.Parameter(torch.empty(cfg.num_videos, N))
         self.reset_rows()
