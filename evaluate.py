@@ -11,9 +11,9 @@
 The videos should show people whom the checkpoint was not trained on. Each person is learned from T frames.
 Then 32 hold-out frames are generated from their own landmarks (as with infer.py's --motion paper) and
 compared with the real ones. If the prepared folder has train/NAME and test/NAME, the frames to learn from are
-drawn from the first and the hold-out frames from the second. Otherwise they are drawn from the first and from
-the last part of a video, at least a second apart. Photos, which have no times, are divided at random. No frame
-is in both parts.
+drawn from the first and the hold-out frames from the second. Otherwise they are drawn from the first and
+from the last part of a video, at least a second apart. Photos, which have no times, are divided at random.
+No frame is in both parts.
 
 Randomness: --seed chooses the videos and frames, and the triplets of the user study, and nothing else.
 Fine-tuning has its own generators with seed 0, the same for every video, T and method. So no row of a table
