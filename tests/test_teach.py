@@ -118,7 +118,8 @@ def test_training_P_brings_generated_frames_closer_to_the_teachers_vectors(nets)
     assert all(torch.equal(a, b) for a, b in zip(before, G.parameters()))
 
 
-def test_as_a_user_runs_it(tmp_path, checkpoint):
+def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(teach, "FIT_BATCHES", 5)
     for i in range(3):
         prepare(tmp_path / f"prepared/head{i}.pt", *ToyHeads(3).load(i, range(5)))
     untouched = checkpoint.read_bytes()
