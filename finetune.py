@@ -83,7 +83,7 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 loss = cnt + l_adv                                          # eq. 9
                 losses = {"cnt": cnt, "adv": adv, "fm": fm}
 
-                # ours, in addition to eq. 9: the likeness in other poses
+                # ours, in addition to eq. 9: likeness and mouth in other poses
                 if others:
                     y_o = others.draw()                                     # (n, 3, S, S)
                     x_o = G.render(y_o, psi.expand(len(y_o), -1)).float()   # (n, 3, S, S)
@@ -219,7 +219,10 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
     content = content and content.to(device, memory_format=torch.channels_last)
     others = None
     if epochs and not as_paper:
-        others = other_poses(x, [photo.points for photo in photos], content)
+        with torch.no_grad():
+            psi_hat = G.project(embed(E, x, y)[None])[0]
+        untouched = load_networks(state)[1]
+        others = other_poses(x, [photo.points for photo in photos], content, untouched, psi_hat)
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
                        as_paper=as_paper, others=others, **switches)
     G.P = nn.Identity()  # psi' replaces it

@@ -155,7 +155,8 @@ def test_with_vggface_the_face_term_is_not_added_but_serves_the_likeness(files):
     x_hat, x = torch.rand(2, 1, 3, 64, 64) * 2 - 1
     loss = ContentLoss("vgg", *files, extra=FaceTerm())
     assert loss(x_hat, x).item() == pytest.approx(ContentLoss("vgg", *files)(x_hat, x).item())
-    assert other_poses(x, [ToyHeads(1).load(0, [0])[1]], loss) is not None
+    _, _, G, _ = networks()
+    assert other_poses(x, [ToyHeads(1).load(0, [0])[1]], loss, G, torch.zeros(len(G.P.bias))) is not None
 
 
 def test_without_vggface_it_says_what_is_lost(files, capsys):
