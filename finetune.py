@@ -47,11 +47,11 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
     as_paper: use the learning rates of meta-learning, without decay. Otherwise they fall linearly from
     config.finetune_lr to 0, which is ours: A.1 did without a "training scheduler". The paper does not give
     fine-tuning's rates.  seed: for shuffling the photos, and for the noise of `random`.
-    others: ours, from beyond.likeness.other_poses(), or None to do without this term, as the paper does.
+    others: ours, from beyond.likeness.other_poses(), or None to do without these losses, as the paper does.
     adversarial, random: the ablations of A.2. adversarial=False leaves L'_ADV out of eq. 9; random="e",
     "psi" or "w" starts e_NEW, psi' or w' from random numbers.
     Returns psi' (|psi|,), w' (N,), and a list with the losses of each step: "cnt", "adv", "fm", "dsc", and
-    "like" if there are others.
+    "others" if there are any.
     """
     for net in filter(None, (E, G, D, content)):
         net.to(memory_format=torch.channels_last)       # a quarter faster
@@ -87,8 +87,8 @@ def finetune(E, G, D, x, y, config, content, epochs=EPOCHS, seed=0, progress=Fal
                 if others:
                     y_o = others.draw()                                     # (n, 3, S, S)
                     x_o = G.render(y_o, psi.expand(len(y_o), -1)).float()   # (n, 3, S, S)
-                    losses["like"] = others.loss(x_o)
-                    loss = loss + losses["like"]
+                    losses["others"] = others.loss(x_o)
+                    loss = loss + losses["others"]
             optimizer_G.zero_grad()
             loss.backward()
             optimizer_G.step()
@@ -177,8 +177,8 @@ FINETUNING = "as_paper", "content", "vgg19", "vggface"
 
 def add_finetuning_flags(parser):
     parser.add_argument("--as-paper", action="store_true",
-                        help="fine-tune with the constant learning rates of meta-learning, and without the "
-                             "likeness loss in other poses; the content loss stays the same")
+                        help="fine-tune with the constant learning rates of meta-learning, and without our "
+                             "losses in other poses; the content loss stays the same")
     add_content_flags(parser)
 
 

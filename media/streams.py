@@ -85,7 +85,7 @@ def decoded(container, stream, damage):
         if counts and packet and not packet.is_discard:
             damage.due += bool(damage.due or packet.is_keyframe)    # none can be decoded before a key frame
         try:
-            frames = stream.decode(packet)
+            frames = decode(stream, packet)
         except av.FFmpegError:
             damage.packets += 1
             if packet and packet.pts is not None:
@@ -96,6 +96,16 @@ def decoded(container, stream, damage):
             yield frame
     if not counts:
         damage.due = 0
+
+
+def decode(stream, packet):
+    """-> the frames that a packet completes. Raises av.FFmpegError if it is damaged."""
+    try:
+        return stream.decode(packet)
+    except BlockingIOError:
+        # A part of a damaged packet is still in the decoder, which would refuse all later packets (VP9).
+        stream.codec_context.flush_buffers()
+        return stream.decode(packet)
 
 
 # ------------------------------------------------------------------------------------- increasing times

@@ -17,8 +17,10 @@ from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
 from conftest import networks, pictures
 from data import draw_landmarks, to_float
-from finetune import embed, finetune
+from finetune import embed, finetune, learn_person
 from losses import ContentLoss
+from media.folders import Photo
+from runtime.checkpoint import load_checkpoint
 from meta_train import make_optimizers, train_step
 from runtime import device
 from runtime.resume import LOGGED
@@ -312,3 +314,23 @@ def test_mouth_by_hand(monkeypatch):
     inside = torch.zeros(2, 3, 64, 64)
     inside[..., 30:35, 20:40] = 1
     assert torch.equal(x_o.grad != 0, inside != 0)
+
+
+def test_the_mouth_is_compared_with_an_untouched_generator(checkpoint, monkeypatch):
+    """A copy of G once followed the training, because parametrize.cached() gave it the weights of G."""
+    frames, points = ToyHeads(1, first=5).load(0, [0])
+    seen, y = [], pictures(1)
+    loss = OtherPoses.loss
+
+    def watched(self, x_o):
+        with torch.no_grad():
+            seen.append(self.before(y))
+        return loss(self, x_o)
+    monkeypatch.setattr(OtherPoses, "loss", watched)
+    state, content = load_checkpoint(checkpoint), ContentLoss("l1", extra=FaceTerm())
+    G, psi, _ = learn_person(state, [Photo(frames, points)], content, 3, "cpu", progress=False)
+    untouched, psi_hat, _ = learn_person(state, [Photo(frames, points)], None, 0, "cpu", progress=False)
+    with torch.no_grad():
+        expected, learned = untouched.render(y, psi_hat[None]), G.render(y, psi[None])
+    assert len(seen) == 3 and all(torch.allclose(frame, expected, atol=1e-5) for frame in seen)
+    assert not torch.allclose(learned, expected, atol=1e-3)

@@ -11,8 +11,7 @@ from PIL import Image
 
 import infer
 import meta_train
-from beyond import likeness
-from beyond.likeness import MOUTH_WEIGHT, other_poses
+from beyond.likeness import other_poses
 from beyond.portrait import LUMINANCE
 from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
@@ -106,31 +105,8 @@ def test_fine_tuning_learns_to_be_known_in_other_poses():
         psi_hat = G.project(embed(E, x, y)[None])[0]
     others = other_poses(x, [points], content, networks()[2], psi_hat)
     history = finetune(E, G, D, x, y, cfg, content, epochs=80, others=others)[2]
-    like = [losses["like"] for losses in history]
+    like = [losses["others"] for losses in history]
     assert np.mean(like[-5:]) < 0.8 * np.mean(like[:5])
-
-
-def test_fine_tuning_leaves_the_inside_of_the_mouth_as_it_was(monkeypatch):
-    """In other poses, an opened mouth changes much less than without the loss between the lips."""
-    x, y = person(1)
-    points, changes = ToyHeads(1, 64, first=5).load(0, [0])[1], []
-    for weight in (0.0, MOUTH_WEIGHT):
-        monkeypatch.setattr(likeness, "MOUTH_WEIGHT", weight)
-        cfg, E, G, D = networks(finetune_lr=2e-3, finetune_lr_d=2e-3)
-        content = ContentLoss("l1", extra=FaceTerm())
-        with torch.no_grad():
-            psi_hat = G.project(embed(E, x, y)[None])[0]
-        others = other_poses(x, [points], content, networks()[2], psi_hat)
-        psi = finetune(E, G, D, x, y, cfg, content, others=others)[0]
-        change = []
-        for _ in range(10):
-            with torch.no_grad():
-                y_o = others.draw()
-                difference = (G.render(y_o, psi.expand(2, -1)) - others.before(y_o)).abs()
-                change.append((likeness.between_lips(others.points, 64, "cpu") * difference).mean().item())
-        changes.append(np.mean(change))
-    print(changes)
-    assert changes[1] < 0.6 * changes[0]
 
 
 def test_fine_tuning_fits_the_person():

@@ -61,6 +61,20 @@ def test_a_damaged_packet_does_not_end_the_video(tmp_path, name, codec, numbers)
     assert f"only {len(frames)}" in line and "damaged packets: " in line
 
 
+def test_a_damaged_packet_that_seems_to_hold_two_frames_does_not_block_vp9(tmp_path):
+    """The second of them stays in FFmpeg's decoder, which then refuses all packets after this one."""
+    write_greys(tmp_path / "f.webm", "libvpx-vp9")
+    blob = (tmp_path / "f.webm").read_bytes()
+    with av.open(str(tmp_path / "f.webm")) as container:
+        first = bytes(next(container.demux(video=0)))
+    two_frames = b"\xc1\x40\x40\xc1"      # the index at the end of a superframe: two frames of 64 bytes
+    assert blob.count(first) == 1
+    (tmp_path / "f.webm").write_bytes(blob.replace(first, b"\xff" * (len(first) - 4) + two_frames))
+    said = []
+    frames = list(decode.read_video(tmp_path / "f.webm", said.append))
+    assert len(frames) >= 30 and "damaged packets: " in said[0]     # all from the next key frame on
+
+
 @pytest.mark.parametrize("name", ["b.mp4", "b.mkv"])
 def test_frames_that_the_decoder_drops_without_an_error_are_counted(tmp_path, name):
     """FFmpeg's HEVC decoder drops damaged frames, and the frames that remain give a lower rate."""
