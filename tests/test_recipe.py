@@ -323,7 +323,7 @@ def test_the_mouth_is_compared_with_an_untouched_generator(checkpoint, monkeypat
     loss = OtherPoses.loss
 
     def watched(self, x_o):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             seen.append(self.before(y))
         return loss(self, x_o)
     monkeypatch.setattr(OtherPoses, "loss", watched)
