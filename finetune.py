@@ -219,10 +219,9 @@ def learn_person(state, photos, content, epochs, device, progress=True, as_paper
     content = content and content.to(device, memory_format=torch.channels_last)
     others = None
     if epochs and not as_paper:
-        with torch.no_grad():
-            psi_hat = G.project(embed(E, x, y)[None])[0]
-        untouched = load_networks(state)[1]
-        others = other_poses(x, [photo.points for photo in photos], content, untouched, psi_hat)
+        # the person without fine-tuning; as_paper only keeps it from being made grey
+        before, psi_hat, _ = learn_person(state, photos, None, 0, device, as_paper=True)
+        others = other_poses(x, [photo.points for photo in photos], content, before, psi_hat)
     psi, *_ = finetune(E, G, D, x, y, config, content, epochs, progress=progress and epochs > 0,
                        as_paper=as_paper, others=others, **switches)
     G.P = nn.Identity()  # psi' replaces it

@@ -3,8 +3,8 @@
 Eq. 9 compares generated frames with the photos, which show few poses, while the driver turns the head to many
 others. So in every step G' also draws the person's 3-D face in random poses and with random expressions.
 
-(1) A face recognition network (dlib's, which stands in for VGGFace) compares the identity in these frames with
-    that on the photos.
+(1) A face recognition network (dlib's, which stands in for VGGFace) compares the identity in these frames
+    with that on the photos.
 (2) Between the lips, the frames have to stay as they were before fine-tuning. Otherwise a person whose photo
     shows a shut mouth opens it to show more skin, or a bluish grey, instead of teeth.
 """
@@ -19,8 +19,8 @@ from data import landmark_images
 from runtime.device import autocast
 
 LIKENESS_WEIGHT = 20.0
-MOUTH_WEIGHT = 1000.0      # with 300, the weight of L1 on the photos, teeth stayed dull
-POSES = 2       # the number of random poses in each step
+MOUTH_WEIGHT = 1000.0   # with 300, the weight of L1 on the photos, teeth stayed dull
+POSES = 2               # the number of random poses in each step
 
 
 class OtherPoses:
@@ -75,10 +75,9 @@ def between_lips(points, size, device):
 def other_poses(x, points, content, G, psi):
     """-> OtherPoses, or None if the content loss has no FaceTerm, whose network this uses.
 
-    G, psi (|psi|,): a generator that is not fine-tuned and is folded here, and psi_hat of the person. A copy by
-    copy.deepcopy() will not do, because within parametrize.cached() it has the weights of the original.
+    G, psi (|psi|,): a generator that is not fine-tuned, and psi_hat of the person. A copy of G' that
+    copy.deepcopy() made will not do, because within parametrize.cached() it has the weights of the original.
     """
     if not content or not content.extra:
         return None
-    G = G.fold().to(memory_format=torch.channels_last)
     return OtherPoses(x, points, content.extra.net, lambda y: G.render(y, psi.expand(len(y), -1)))
