@@ -11,13 +11,14 @@ in the third and in the last quarter.
 """
 import subprocess
 import sys
+import time
 
 import av
 import numpy as np
 import torch
 
 import infer
-from conftest import PHOTO, ROOT, TINY_FLAGS, moving, networks, succeed, write_clip
+from conftest import PHOTO, ROOT, THREADS, TINY_FLAGS, moving, networks, succeed, write_clip
 from data import draw_landmarks
 
 
@@ -97,7 +98,16 @@ def test_frames_are_rendered_when_they_are_needed(monkeypatch):
     points = np.random.rand(100, 68, 2).astype(np.float32) * 64
     frames = infer.render(G, psi, points, 64)
     next(frames)
-    assert 1 <= len(drawn) <= 8
+    assert 8 <= len(drawn) <= 8 * (1 + THREADS)     # batches of 8, and each thread draws one ahead
+
+
+def test_frames_drawn_in_threads_keep_their_order():
+    def square(n):
+        time.sleep(0.02 if n == 0 else 0)       # so that later items are ready first
+        return n * n, torch.get_num_threads()
+    before = torch.get_num_threads()
+    assert list(infer.map_in_threads(square, range(7), 3)) == [(n * n, 1) for n in range(7)]
+    assert torch.get_num_threads() == before
 
 
 def test_long_training_does_not_grow(slow, tmp_path):
