@@ -61,7 +61,8 @@ def render(G, psi, points, size, source=None, progress=True):
 def map_in_threads(function, items, threads):
     """Like map(function, items), but a few items ahead, in threads that each use a single core.
 
-    Two frames on a core each take two thirds of the time of two frames on two cores, one after the other.
+    On two cores, drawing one frame on each is faster than using both for one frame after the other: 42 and
+    33 frames a second.
     """
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque()

@@ -98,7 +98,7 @@ def test_frames_are_rendered_when_they_are_needed(monkeypatch):
     points = np.random.rand(100, 68, 2).astype(np.float32) * 64
     frames = infer.render(G, psi, points, 64)
     next(frames)
-    assert 8 <= len(drawn) <= 8 * (1 + THREADS)     # batches of 8, and each thread draws one ahead
+    assert 8 <= len(drawn) <= 8 * (1 + THREADS)     # a batch of 8 for each thread, and one more
 
 
 def test_frames_drawn_in_threads_keep_their_order():
