@@ -33,6 +33,10 @@ from runtime import files
 # not have these threads and would wait forever, so unused decoders are freed before the fork.
 os.register_at_fork(before=gc.collect)
 
+# `nohup pytest ... &` ignores these signals, and the commands that the tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", 2)))
 PHOTO = ROOT / "assets" / "astronaut.jpg"
