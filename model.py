@@ -87,17 +87,27 @@ class SelfAttention(nn.Module):
         return x + self.gamma * self.out(h)                     # (B, C, H, W)
 
 
+def instance_norm(x, scale, shift):
+    """x (B, C, H, W), each channel of each picture normalised, times scale (B, C), plus shift (B, C)."""
+    # F.instance_norm would lose the channels-last memory format, which makes the next convolution slower.
+    one = x if len(x) == 1 else x.flatten(0, 1)[None]   # (1, BC, H, W): one picture with B C channels
+    h = F.batch_norm(one, None, None, scale.flatten(), shift.flatten(), training=True)
+    return h if len(x) == 1 else h.view(x.shape)        # a view, even of the same shape, would lose it too
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    def forward(self, x):                                       # (B, C, H, W)
+        return instance_norm(x, self.weight.expand(len(x), -1), self.bias.expand(len(x), -1))
+
+
 def adain(x, psi_k):
     """Adaptive instance normalisation [14]: (1 + gamma) * instance_norm(x) + beta.
 
     x (B, C, H, W); psi_k (B, 2C), a slice of psi_hat: the C gammas, then the C betas. The factor is
     1 + gamma, because P e stays small under spectral normalisation: gamma alone would suppress the signal.
     """
-    # Written as the batch normalisation of one image with B C channels, which makes G a tenth faster.
     gamma, beta = psi_k.chunk(2, dim=1)                         # (B, C), (B, C)
-    h = x.flatten(0, 1)[None]                                   # (1, BC, H, W)
-    h = F.batch_norm(h, None, None, (1 + gamma).flatten(), beta.flatten(), training=True)
-    return h.view(x.shape)                                      # (B, C, H, W)
+    return instance_norm(x, 1 + gamma, beta)                    # (B, C, H, W)
 
 
 class DownBlock(nn.Module):
@@ -110,8 +120,8 @@ class DownBlock(nn.Module):
     def __init__(self, c_in, c_out, first=False, norm=False, down=True):
         super().__init__()
         self.first, self.down = first, down
-        self.norm1 = nn.InstanceNorm2d(c_in, affine=True) if norm and not first else nn.Identity()
-        self.norm2 = nn.InstanceNorm2d(c_out, affine=True) if norm else nn.Identity()
+        self.norm1 = InstanceNorm(c_in, affine=True) if norm and not first else nn.Identity()
+        self.norm2 = InstanceNorm(c_out, affine=True) if norm else nn.Identity()
         self.conv1, self.conv2 = conv(c_in, c_out, 3), conv(c_out, c_out, 3)
         self.skip = conv(c_in, c_out, 1) if down else nn.Identity()
 
@@ -126,10 +136,9 @@ class DownBlock(nn.Module):
 
 
 class AdaBlock(nn.Module):
-    """Residual block of G with AdaIN. up: upsample before the first convolution.
+    """Residual block of G with AdaIN. up: upsample before the first convolution, as in BigGAN.
 
-    A.4 upsamples "in the end of the block, following [6]". But [6], which is BigGAN, does it before the first
-    convolution, and so do we. Shapes are those of up=True.
+    A.4 says "in the end of the block, following [6]", but [6] is BigGAN. Shapes are those of up=True.
     """
 
     def __init__(self, c_in, c_out, up=False):
@@ -243,14 +252,12 @@ class Generator(nn.Module):
         self.attention_up = SelfAttention(up[2])
 
         # One linear layer gives every gamma and beta (A.4), in the order in which render() uses them: two
-        # slices for each block of the bottleneck, two for each block of the decoder, one for the final AdaIN.
-        # Its bias carries what all people have in common, so that P e, which spectral normalisation keeps
-        # small, need only carry the differences between people.
+        # slices for each block of the bottleneck and of the decoder, one for the final AdaIN. Its bias carries
+        # what all people have in common: P e, which spectral norm keeps small, need only tell them apart.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056
         nn.init.zeros_(self.P.bias)
-        # ours: two constants. The mean centres e; the gain lets psi_hat exceed what spectral normalisation
-        # allows.
+        # ours: two constants. The mean centres e; with the gain, psi_hat can exceed spectral norm's limit.
         self.P.register_buffer("mean", torch.zeros(N))          # of e over people; beyond/teach.py sets it
         self.P.register_buffer("gain", torch.ones(()))          # teach.py and meta_train.py --small set it
 
@@ -308,9 +315,9 @@ class Discriminator(nn.Module):
         self.reset_rows()
 
     def reset_rows(self):
-        # Embeddings end in a ReLU, so the rows start in their range. With a W around zero, L_MCH would pull
-        # the embeddings to 0, where the ReLU has no gradient. The range is narrow, because the initial
-        # differences between rows mean nothing, and embeddings should not learn to match them.
+        # Embeddings end in a ReLU, so the rows start in their range: with a W around zero, L_MCH would pull
+        # the embeddings to 0, where the ReLU has no gradient. The range is narrow, because embeddings should
+        # not learn to match the initial differences between rows, which mean nothing.
         nn.init.uniform_(self.W, 0.4, 0.6)
 
     def rows(self, i):
