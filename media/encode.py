@@ -33,7 +33,9 @@ def write_video(path, frames, pts, time_base, sound_from=None):
     with atomic(path) as temporary:
         try:
             with open_media(temporary, "w", format="mp4", options=options) as out:
-                stream = out.add_stream("libx264", rate=rate, options={"crf": "16"})
+                # veryfast, because the encoder shares the cores with what makes the frames
+                quality = {"crf": "15", "preset": "veryfast"}
+                stream = out.add_stream("libx264", rate=rate, options=quality)
                 with Sound(sound_from, out, start) as sound:
                     for k, (frame, stamp) in enumerate(zip(frames, pts, strict=True)):
                         if k == 0:      # size and format must be set before the first packet

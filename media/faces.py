@@ -6,12 +6,13 @@
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
 from runtime.files import UserError
 
@@ -64,6 +65,9 @@ class Detector:
         """
         raise NotImplementedError
 
+    def begin(self, image, side):
+        """Tell the detector that faces(image, (side,)) will come soon, so that it can begin, in a thread."""
+
     def landmarks(self, image, face):
         """-> landmarks (68, 2) float32 of one of the faces, in pixels of the image, with sub-pixel positions.
 
@@ -74,7 +78,7 @@ class Detector:
         width, margin = right - left, self.margin * (right - left)
         x0, y0 = max(0, int(left - margin)), max(0, int(top - margin))
         cut = image[y0:int(bottom + margin) + 1, x0:int(right + margin) + 1]
-        large = np.asarray(rescaled(cut, max(1, CUT_WIDTH / width)))
+        large = rescaled(cut, max(1, CUT_WIDTH / width))
         scale = np.array(large.shape[1::-1]) / cut.shape[1::-1]     # x and y can differ a little by rounding
         corners = (np.array([[left, top], [right, bottom]]) + 0.5 - (x0, y0)) * scale - 0.5
         points = self.predict(large, corners.ravel())
@@ -109,6 +113,8 @@ class DlibDetector(Detector):
         self.rectangle = dlib.rectangle
         self.detector = dlib.get_frontal_face_detector()
         self.predictor = dlib.shape_predictor(dlib_model("shape_predictor_68_face_landmarks.dat"))
+        self.thread = ThreadPoolExecutor(1)     # of self.detector, which can search one picture at a time
+        self.begun = None, 0, None              # the image and side of begin(), and their result to come
 
     def faces(self, image, sides=None):
         found = []
@@ -119,10 +125,19 @@ class DlibDetector(Detector):
                 break
         return found
 
+    def begin(self, image, side):
+        self.begun = image, side, self.thread.submit(self.search, image, side)
+
     def faces_at(self, image, side):
         """-> [Face] on a copy of the image whose longer side has this many pixels."""
+        begun_image, begun_side, result = self.begun
+        if image is not begun_image or side != begun_side:
+            result = self.thread.submit(self.search, image, side)
+        return result.result()
+
+    def search(self, image, side):
         scale = side / max(image.shape[:2])
-        boxes, scores, _ = self.detector.run(np.asarray(rescaled(image, scale)), 0, 0.0)
+        boxes, scores, _ = self.detector.run(rescaled(image, scale), 0, 0.0)
         edges = [(b.left(), b.top(), b.right(), b.bottom()) for b in boxes]
         return [Face(tuple(v / scale for v in box), score, side) for box, score in zip(edges, scores)]
 
@@ -147,7 +162,7 @@ class FanDetector(Detector):
 
     def faces(self, image, sides=None):
         scale = self.scale(image)
-        boxes = self.fan.face_detector.detect_from_image(np.asarray(rescaled(image, scale)))
+        boxes = self.fan.face_detector.detect_from_image(rescaled(image, scale))
         # its scores are probabilities from 0.5 to 1, which become 0 to 2, so that SURE fits both detectors
         found = [Face(tuple(float(v) / scale for v in box[:4]), 4 * float(box[4]) - 2) for box in boxes]
         return without_duplicates(found)
@@ -191,10 +206,11 @@ def no_fan_weights(error):
 
 
 def rescaled(image, scale):
-    """uint8 (H, W, 3) -> a PIL picture whose width and height are `scale` times as large."""
-    height, width = image.shape[:2]
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return Image.fromarray(image).resize(size, Image.BILINEAR)
+    """uint8 (H, W, 3) -> uint8 (scale H, scale W, 3). PIL's resize() does the same, but takes twice as long."""
+    size = [max(1, round(side * scale)) for side in image.shape[:2]]
+    x = torch.tensor(image)[None].movedim(-1, 1)                            # (1, 3, H, W), uint8
+    x = F.interpolate(x, size=size, mode="bilinear", antialias=True)        # (1, 3, scale H, scale W)
+    return x.movedim(1, -1)[0].numpy()
 
 
 def five_points(points):

@@ -80,10 +80,12 @@ class Follower:
         before, self.thumbnail = self.thumbnail, thumbnail.astype(np.float32)
         return before is None or bool(np.abs(self.thumbnail - before).mean() > 20)
 
-    def look(self, image, seconds, cut):
+    def look(self, image, seconds, cut, following=None):
         """image uint8 (H, W, 3) -> landmarks (68, 2) of the followed face, or None if it is not visible.
 
         seconds: the frame's time.  cut: whether a new shot has begun since the last look.
+        following: the image of the next look, or None. Its faces are searched while this one's landmarks are
+        found.
         """
         self.looks += 1
         lost = self.missed >= 2 and seconds - self.seen > self.LOST
@@ -101,6 +103,8 @@ class Follower:
         if others:
             self.places[where(chosen, [chosen, *others])] += 1
         self.face, self.seen, self.missed = chosen, seconds, 0
+        if following is not None:
+            self.detector.begin(following, self.likely_sides(following)[0])
         points = self.detector.landmarks(image, chosen)
         self.person.followed(image, points, chosen.score)
         self.scenes[-1].followed(image, points, chosen.score)
@@ -108,12 +112,8 @@ class Follower:
 
     def find_again(self, image):
         """-> ([Face] in the frame, the followed one or None), near its last place and about as large."""
-        sides, last = self.detector.sides, self.face
-        at = sides.index(last.side)
-        if at > 0 and last.width() * sides[at - 1] / max(image.shape[:2]) > 100:
-            at -= 1                         # the face is large enough to be found on a smaller copy
-        faces, again = [], None
-        for side in sides[at:at + 2]:       # a face that has become smaller is found on the next copy
+        faces, again, last = [], None, self.face
+        for side in self.likely_sides(image):
             faces = self.detector.faces(image, (side,))
             near = [face for face in faces if is_near(face, last)]
             if near:
@@ -123,6 +123,14 @@ class Follower:
         if surest and self.person.score < SURE <= surest.score:     # what was followed was probably no face
             again = surest
         return faces, again
+
+    def likely_sides(self, image):
+        """-> the sizes of one or two copies of the image on which the followed face is probably found."""
+        sides = self.detector.sides
+        at = sides.index(self.face.side)
+        if at > 0 and self.face.width() * sides[at - 1] / max(image.shape[:2]) > 100:
+            at -= 1                 # the face is large enough to be found on a smaller copy
+        return sides[at:at + 2]     # a face that has become smaller is found on the next copy
 
     def choose(self, image, seconds, cut):
         """-> ([Face] in the frame, the one to follow from now on or None)."""

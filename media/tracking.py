@@ -4,7 +4,7 @@
     frames = read_crops("v.mp4", track, [0, 10], 256)           # {0: uint8 (256, 256, 3), 10: ...}
 """
 from array import array
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -116,17 +116,12 @@ def follow_face(path, follower, keep, progress, complain):
     lines = []                              # for complain(), after the progress bar has been closed
     frames = read_video(path, lines.append)
     frames = chain([next(frames)], frames)  # a file that cannot be read is refused before the bar is drawn
-    cut = seen = begins = False     # begins: there was a cut, but no face since
-    for k, frame in enumerate(tqdm(frames, "landmarks", unit=" frames", disable=not progress)):
-        small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
-        before, seen = seen, follower.is_cut(small)
-        cut = cut or seen                           # between the last frame that was kept and this one
-        begins = begins or (seen and not before)    # a shaken camera looks like a cut at every frame
-        if not keep(k):
-            continue
-        image = np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns))
-        face = follower.look(image, float(frame.pts * frame.time_base), cut)
-        cut = False
+    bar = tqdm(frames, "landmarks", unit=" frames", disable=not progress)
+    begins = False      # whether there was a cut, but no face since
+    for (frame, image, cut, new), after in pairwise(chain(kept(bar, follower, keep), [None])):
+        following = after[1] if after else None
+        face = follower.look(image, float(frame.pts * frame.time_base), cut, following)
+        begins = begins or new
         found.append(face is not None)
         cuts.append(begins and face is not None)
         begins = begins and face is None
@@ -138,6 +133,22 @@ def follow_face(path, follower, keep, progress, complain):
     points = np.frombuffer(points, np.float32).reshape(-1, 68, 2)
     found, cuts, pts = np.array(found, bool), np.array(cuts, bool), np.array(pts, np.int64)
     return Track(points, found, cuts, pts, base, follower.detector.kind, follower.turns)
+
+
+def kept(frames, follower, keep):
+    """For each of the frames k with keep(k), yield the frame, its image, and what came since the last one.
+
+    That is: whether there was anything like a cut, and whether there was one not directly after another.
+    """
+    cut = seen = begins = False
+    for k, frame in enumerate(frames):
+        small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
+        before, seen = seen, follower.is_cut(small)
+        cut = cut or seen
+        begins = begins or (seen and not before)    # a shaken camera looks like a cut at every frame
+        if keep(k):
+            yield frame, np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns)), cut, begins
+            cut = begins = False
 
 
 def read_crops(path, track, wanted, size):
