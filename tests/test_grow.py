@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import meta_train
 from beyond.grow import grow
 from beyond.toy import ToyHeads
-from conftest import ROOT, TINY_FLAGS, fail, networks, tensors, torchrun
+from conftest import ROOT, TINY_DATA_FLAGS, TINY_FLAGS, fail, networks, prepare, tensors, torchrun
 from data import Episodes, to_float, to_tensors
 from runtime.checkpoint import save_checkpoint
 from runtime.device import fast_dtype
@@ -108,7 +108,9 @@ def test_grow_from_as_a_user_runs_it(tmp_path, monkeypatch):
 
 def test_a_fixed_embedder_stays_as_it_came(tmp_path, checkpoint):
     """With two ranks, too, because DDP refuses networks without trainable parameters."""
-    flags = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--out", "run", "--fix-embedder"]
+    for i in range(4):
+        prepare(tmp_path / f"prepared/head{i}.pt", *ToyHeads(4).load(i, range(3)))
+    flags = ["meta_train.py", *TINY_DATA_FLAGS, "--steps", "1", "--out", "run", "--fix-embedder"]
     result = torchrun(ROOT / flags[0], *flags[1:], "--grow-from", checkpoint, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     old, new = tensors(checkpoint), tensors(tmp_path / "run/step-1.pt")

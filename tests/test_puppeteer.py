@@ -146,7 +146,8 @@ class Detector:
     kind = "dlib"
 
     def __init__(self, detect, model):
-        self.sides, self.faces, self.landmarks, self.calls = detect.sides, detect.faces, detect.landmarks, 0
+        self.sides, self.faces, self.begin = detect.sides, detect.faces, detect.begin
+        self.landmarks, self.calls = detect.landmarks, 0
         self.points = talking(model, np.array([.1, .2, .3]), np.array([0, .1, .2]), np.array([.1, 0, .1]))
 
     def __call__(self, frame):

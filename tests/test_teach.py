@@ -9,7 +9,7 @@ from beyond import teach
 from beyond.augment import augment
 from beyond.recognition import FaceTerm
 from beyond.toy import ToyHeads
-from conftest import TINY_FLAGS, fail, networks, prepare, succeed, tensors
+from conftest import TINY_DATA_FLAGS, fail, networks, prepare, succeed, tensors
 from data import Episodes, PreparedVideos, to_float
 from losses import ContentLoss
 from runtime.checkpoint import load_checkpoint, load_networks
@@ -51,12 +51,13 @@ def pictures(n=16):
     return to_float(torch.stack(x)[:, 0]), to_float(torch.stack(y)[:, 0])
 
 
-def test_E_learns_to_predict_the_teachers_vectors(nets):
+def test_E_learns_to_predict_the_teachers_vectors(nets, monkeypatch):
+    monkeypatch.setattr(teach, "LR_E", 4e-3)
     E, teacher, cpu = nets[0], Colour(), torch.device("cpu")
     before = copy.deepcopy(E)
     r2_at_first = teach.teach_embedder(copy.deepcopy(E), 32, teacher, episodes(1, 4), 5, cpu)
-    r2 = teach.teach_embedder(E, 32, teacher, episodes(1, 4), 250, cpu)
-    assert r2 > 0.6 > 0.1 > r2_at_first
+    r2 = teach.teach_embedder(E, 32, teacher, episodes(1, 4), 100, cpu)
+    assert r2 > 0.5 > 0.1 > r2_at_first
     parameters = zip(before.net.blocks.parameters(), E.net.blocks.parameters())
     assert not any(torch.equal(p, q) for p, q in parameters)
 
@@ -143,7 +144,7 @@ def test_as_a_user_runs_it(tmp_path, checkpoint, monkeypatch):
     assert torch.allclose(*average, atol=1e-3) and not torch.allclose(old["w0"], new["w0"], atol=0.1)
 
     # meta-learning can go on from it, with its gain
-    train = ["meta_train.py", *TINY_FLAGS, "--steps", "1", "--grow-from", "taught.pt"]
+    train = ["meta_train.py", *TINY_DATA_FLAGS, "--steps", "1", "--grow-from", "taught.pt"]
     assert "taught.pt" in succeed(*train, "--out", "run", cwd=tmp_path)
     assert torch.equal(tensors(tmp_path / "run/step-1.pt")["G.P.gain"], new["G.P.gain"])
 
