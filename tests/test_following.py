@@ -1,4 +1,6 @@
 """tracking.py and following.py: which face of a video is followed, and tracks."""
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -243,3 +245,39 @@ def test_large_copies_are_searched_rarely_in_an_intro_without_faces(tmp_path, fa
     # it is found from the first frame with a face on
     assert track.found.tolist() == [False] * 50 + [True] * 10
     assert looked.count(1024) <= 5
+
+
+def test_the_next_frame_is_searched_ahead_and_only_once(tmp_path, face, detect):
+    write_clip(tmp_path / "a.mp4", moving(face, 10), np.arange(10) * 512, sound=False)
+    searched = []
+
+    class Counting(faces.DlibDetector):
+        def search(self, image, side):
+            searched.append((threading.current_thread(), side))
+            return super().search(image, side)
+
+    class Waiting(faces.DlibDetector):
+        def begin(self, image, side):
+            pass
+    track = tracking.track_video(tmp_path / "a.mp4", Counting())
+    assert [side for _, side in searched] == [256] * 10
+    assert threading.main_thread() not in {thread for thread, _ in searched}
+    assert np.array_equal(track.points, tracking.track_video(tmp_path / "a.mp4", Waiting()).points)
+
+
+def test_what_was_begun_for_another_picture_or_size_is_not_used(face):
+    detector, mirrored = faces.DlibDetector(), np.ascontiguousarray(face[:, ::-1])
+    right, large = detector.faces_at(mirrored, 256), detector.faces_at(face, 512)
+    detector.begin(face, 256)
+    assert detector.faces_at(mirrored, 256) == right and detector.faces_at(face, 512) == large
+    assert right and large and right != detector.faces_at(face, 256)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.7])
+def test_pictures_are_rescaled_as_by_pil(face, scale):
+    large = faces.rescaled(face, scale)
+    height, width = large.shape[:2]
+    assert large.flags.c_contiguous     # otherwise, dlib would copy it
+    expected = np.asarray(Image.fromarray(face).resize((width, height), Image.BILINEAR)).astype(int)
+    assert np.abs(large - expected).max() <= 2 and (large == expected).mean() > 0.98
+    assert (height, width) == tuple(round(side * scale) for side in face.shape[:2])

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conftest import networks, pictures
-from model import (AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, SelfAttention, adain,
-                   upsample_conv)
+from model import (AdaBlock, Config, Discriminator, DownBlock, Embedder, Generator, InstanceNorm,
+                   SelfAttention, adain, instance_norm, upsample_conv)
 from runtime.checkpoint import load_checkpoint
 
 
@@ -113,6 +113,32 @@ def test_blocks_against_their_definition():
     assert (mine - h).abs().max() < 0.5 * h.abs().max()         # and the border is neither dark nor extreme
     h = up.conv2(F.relu(adain(mine, b)))
     assert torch.allclose(up(x, a, b), h + up.skip(double(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_instance_normalisation_against_pytorch(B):
+    x, scale, shift = torch.randn(B, 8, 5, 7), torch.randn(B, 8), torch.randn(B, 8)
+    expected = F.instance_norm(x) * scale[..., None, None] + shift[..., None, None]
+    for h in (x, x.to(memory_format=torch.channels_last)):
+        assert torch.allclose(instance_norm(h, scale, shift), expected, atol=1e-5)
+    affine = InstanceNorm(8, affine=True)
+    affine.load_state_dict({"weight": scale[0], "bias": shift[0]})
+    assert torch.allclose(affine(x)[0], expected[0], atol=1e-5)
+
+
+def test_a_picture_keeps_its_memory_format_in_all_blocks():
+    """Each change of it copies all activations, which took a fifth of the time at 256 pixels."""
+    G, kept = networks()[2].eval().fold().to(memory_format=torch.channels_last), []
+
+    def note(layer, inputs):
+        x, = inputs
+        kept.append(x.stride() == torch.empty(x.shape, memory_format=torch.channels_last).stride())
+    for layer in nn.ModuleList([*G.down, *G.bottleneck, *G.up, G.to_rgb]).modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
+            layer.register_forward_pre_hook(note)
+    with torch.inference_mode():
+        G.render(torch.rand(1, 3, 64, 64), torch.rand(1, sum(G.psi_sizes)))
+    assert len(kept) > 20 and all(kept)
 
 
 def test_the_last_convolution_leaves_no_line_at_the_border():
