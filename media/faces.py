@@ -126,20 +126,23 @@ class DlibDetector(Detector):
         return found
 
     def begin(self, image, side):
-        self.begun = image, side, self.thread.submit(self.search, image, side)
+        self.begun = image, side, self.search(image, side)
 
     def faces_at(self, image, side):
         """-> [Face] on a copy of the image whose longer side has this many pixels."""
-        begun_image, begun_side, result = self.begun
+        begun_image, begun_side, search = self.begun
         if image is not begun_image or side != begun_side:
-            result = self.thread.submit(self.search, image, side)
-        return result.result()
-
-    def search(self, image, side):
-        scale = side / max(image.shape[:2])
-        boxes, scores, _ = self.detector.run(rescaled(image, scale), 0, 0.0)
+            search = self.search(image, side)
+        (boxes, scores, _), scale = search.result(), side / max(image.shape[:2])
         edges = [(b.left(), b.top(), b.right(), b.bottom()) for b in boxes]
         return [Face(tuple(v / scale for v in box), score, side) for box, score in zip(edges, scores)]
+
+    def search(self, image, side):
+        """-> a Future of what dlib's detector returns for a copy whose longer side has this many pixels."""
+        # The copy is made here, because a second thread that uses torch would slow down fine-tuning later:
+        # OpenMP keeps its threads, and with more of them than cores they no longer wait actively.
+        copy = rescaled(image, side / max(image.shape[:2]))
+        return self.thread.submit(self.detector.run, copy, 0, 0.0)
 
     def predict(self, image, box):
         shape = self.predictor(image, self.rectangle(*(round(v) for v in box)))
@@ -208,8 +211,11 @@ def no_fan_weights(error):
 def rescaled(image, scale):
     """uint8 (H, W, 3) -> uint8 (scale H, scale W, 3). PIL's resize() does the same, but takes twice as long."""
     size = [max(1, round(side * scale)) for side in image.shape[:2]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)    # a second one would go on waiting actively, on the core that dlib uses
     x = torch.tensor(image)[None].movedim(-1, 1)                            # (1, 3, H, W), uint8
     x = F.interpolate(x, size=size, mode="bilinear", antialias=True)        # (1, 3, scale H, scale W)
+    torch.set_num_threads(threads)
     return x.movedim(1, -1)[0].numpy()
 
 

@@ -1,6 +1,4 @@
 """tracking.py and following.py: which face of a video is followed, and tracks."""
-import threading
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -249,19 +247,26 @@ def test_large_copies_are_searched_rarely_in_an_intro_without_faces(tmp_path, fa
 
 def test_the_next_frame_is_searched_ahead_and_only_once(tmp_path, face, detect):
     write_clip(tmp_path / "a.mp4", moving(face, 10), np.arange(10) * 512, sound=False)
-    searched = []
+    called = []
 
-    class Counting(faces.DlibDetector):
+    class Noting(faces.DlibDetector):
+        def begin(self, image, side):
+            called.append("begin")
+            super().begin(image, side)
+
         def search(self, image, side):
-            searched.append((threading.current_thread(), side))
+            called.append(side)
             return super().search(image, side)
+
+        def landmarks(self, image, face):
+            called.append("landmarks")
+            return super().landmarks(image, face)
 
     class Waiting(faces.DlibDetector):
         def begin(self, image, side):
             pass
-    track = tracking.track_video(tmp_path / "a.mp4", Counting())
-    assert [side for _, side in searched] == [256] * 10
-    assert threading.main_thread() not in {thread for thread, _ in searched}
+    track = tracking.track_video(tmp_path / "a.mp4", Noting())
+    assert called == [256, *["begin", 256, "landmarks"] * 9, "landmarks"]
     assert np.array_equal(track.points, tracking.track_video(tmp_path / "a.mp4", Waiting()).points)
 
 
