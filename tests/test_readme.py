@@ -39,7 +39,8 @@ def missing(text):
     """
     modules = {name: importlib.import_module(name) for name in MODULES + FOLDERS}
     found = re.findall(r"`(\w+(?:\.\w+)?)\.(\w+)`", text)
-    names = [(first, last) for first, last in found if last not in ("py", "pt", "npz", "mp4", "mat", "jpg")]
+    suffixes = "py", "pt", "npz", "mp4", "mat", "jpg", "png"
+    names = [(first, last) for first, last in found if last not in suffixes]
     owner = lambda first: modules.get(first) or getattr(modules["model"], first, None)
     return [f"{first}.{last}" for first, last in names if not hasattr(owner(first), last)], len(names)
 
