@@ -252,7 +252,7 @@ class Generator(nn.Module):
         self.attention_up = SelfAttention(up[2])
 
         # One linear layer gives every gamma and beta (A.4), in the order in which render() uses them: two
-        # slices for each block of the bottleneck and of the decoder, one for the final AdaIN. Its bias carries
+        # slices for each block of the bottleneck and the decoder, one for the final AdaIN. Its bias carries
         # what all people have in common: P e, which spectral norm keeps small, need only tell them apart.
         self.psi_sizes = sum((block.psi_sizes for block in [*self.bottleneck, *self.up]), []) + [2 * up[-1]]
         self.P = spectral_norm(nn.Linear(N, sum(self.psi_sizes)))       # 512 -> 13,056

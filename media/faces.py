@@ -66,7 +66,7 @@ class Detector:
         raise NotImplementedError
 
     def begin(self, image, side):
-        """Tell the detector that faces(image, (side,)) will come soon, so that it can begin, in a thread."""
+        """Announce a call of faces(image, (side,)), so that the search can start in a thread."""
 
     def landmarks(self, image, face):
         """-> landmarks (68, 2) float32 of one of the faces, in pixels of the image, with sub-pixel positions.
@@ -140,7 +140,7 @@ class DlibDetector(Detector):
     def search(self, image, side):
         """-> a Future of what dlib's detector returns for a copy whose longer side has this many pixels."""
         # The copy is made here, because a second thread that uses torch would slow down fine-tuning later:
-        # OpenMP keeps its threads, and with more of them than cores they no longer wait actively.
+        # OpenMP keeps the threads of both, and if there are more than cores, it puts waiting ones to sleep.
         copy = rescaled(image, side / max(image.shape[:2]))
         return self.thread.submit(self.detector.run, copy, 0, 0.0)
 
@@ -209,10 +209,10 @@ def no_fan_weights(error):
 
 
 def rescaled(image, scale):
-    """uint8 (H, W, 3) -> uint8 (scale H, scale W, 3). PIL's resize() does the same, but takes twice as long."""
+    """uint8 (H, W, 3) -> uint8 (scale H, scale W, 3), as by PIL's resize(), but in half the time."""
     size = [max(1, round(side * scale)) for side in image.shape[:2]]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)    # a second one would go on waiting actively, on the core that dlib uses
+    torch.set_num_threads(1)    # a second one would spin for a while afterwards, on the core that dlib needs
     x = torch.tensor(image)[None].movedim(-1, 1)                            # (1, 3, H, W), uint8
     x = F.interpolate(x, size=size, mode="bilinear", antialias=True)        # (1, 3, scale H, scale W)
     torch.set_num_threads(threads)

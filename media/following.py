@@ -84,8 +84,8 @@ class Follower:
         """image uint8 (H, W, 3) -> landmarks (68, 2) of the followed face, or None if it is not visible.
 
         seconds: the frame's time.  cut: whether a new shot has begun since the last look.
-        following: the image of the next look, or None. Its faces are searched while this one's landmarks are
-        found.
+        following: the image of the next look, or None. It is searched for faces while this one's landmarks
+        are found.
         """
         self.looks += 1
         lost = self.missed >= 2 and seconds - self.seen > self.LOST

@@ -136,19 +136,20 @@ def follow_face(path, follower, keep, progress, complain):
 
 
 def kept(frames, follower, keep):
-    """For each of the frames k with keep(k), yield the frame, its image, and what came since the last one.
+    """Yield (frame, its image, cut, new) for each of the frames k with keep(k).
 
-    That is: whether there was anything like a cut, and whether there was one not directly after another.
+    cut: whether there was a cut since the frame before.  new: whether one of these cuts did not directly
+    follow another one; a shaken camera looks like a cut at every frame.
     """
-    cut = seen = begins = False
+    cut = seen = new = False
     for k, frame in enumerate(frames):
         small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
         before, seen = seen, follower.is_cut(small)
         cut = cut or seen
-        begins = begins or (seen and not before)    # a shaken camera looks like a cut at every frame
+        new = new or (seen and not before)
         if keep(k):
-            yield frame, np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns)), cut, begins
-            cut = begins = False
+            yield frame, np.ascontiguousarray(np.rot90(to_rgb(frame), follower.turns)), cut, new
+            cut = new = False
 
 
 def read_crops(path, track, wanted, size):

@@ -44,7 +44,7 @@ TRACK = ROOT / "assets" / "speech.npz"
 TINY = dict(channels=(8, 16, 16), landmarks="dlib", content="l1", lr=3e-4, lr_d=3e-4, finetune_lr=6e-4,
             finetune_lr_d=6e-4, lips=1.25)
 TINY_FLAGS = ["--toy", "--channels", "8", "16", "16", "--K", "2", "--batch", "2"]
-# The same with prepared sequences, which must be made first. With the 1000 toy heads, --grow-from takes longer.
+# The same with sequences that a test has prepared. With the 1000 toy heads, --grow-from takes longer.
 TINY_DATA_FLAGS = ["--data", "prepared", "--image-size", "64", "--content", "l1", *TINY_FLAGS[1:]]
 
 

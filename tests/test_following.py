@@ -245,37 +245,27 @@ def test_large_copies_are_searched_rarely_in_an_intro_without_faces(tmp_path, fa
     assert looked.count(1024) <= 5
 
 
-def test_the_next_frame_is_searched_ahead_and_only_once(tmp_path, face, detect):
+def test_the_next_frame_is_searched_ahead_and_only_once(tmp_path, face, detect, monkeypatch):
     write_clip(tmp_path / "a.mp4", moving(face, 10), np.arange(10) * 512, sound=False)
     called = []
 
-    class Noting(faces.DlibDetector):
-        def begin(self, image, side):
-            called.append("begin")
-            super().begin(image, side)
-
-        def search(self, image, side):
-            called.append(side)
-            return super().search(image, side)
-
-        def landmarks(self, image, face):
-            called.append("landmarks")
-            return super().landmarks(image, face)
-
-    class Waiting(faces.DlibDetector):
-        def begin(self, image, side):
-            pass
-    track = tracking.track_video(tmp_path / "a.mp4", Noting())
-    assert called == [256, *["begin", 256, "landmarks"] * 9, "landmarks"]
-    assert np.array_equal(track.points, tracking.track_video(tmp_path / "a.mp4", Waiting()).points)
+    def noted(name):
+        original = getattr(detect, name)
+        return lambda *arguments: called.append(name) or original(*arguments)
+    for name in ("begin", "search", "landmarks"):
+        monkeypatch.setattr(detect, name, noted(name))
+    track = tracking.track_video(tmp_path / "a.mp4", detect)
+    assert called == ["search", *["begin", "search", "landmarks"] * 9, "landmarks"]
+    monkeypatch.setattr(detect, "begin", lambda image, side: None)
+    assert np.array_equal(track.points, tracking.track_video(tmp_path / "a.mp4", detect).points)
 
 
-def test_what_was_begun_for_another_picture_or_size_is_not_used(face):
-    detector, mirrored = faces.DlibDetector(), np.ascontiguousarray(face[:, ::-1])
-    right, large = detector.faces_at(mirrored, 256), detector.faces_at(face, 512)
-    detector.begin(face, 256)
-    assert detector.faces_at(mirrored, 256) == right and detector.faces_at(face, 512) == large
-    assert right and large and right != detector.faces_at(face, 256)
+def test_what_was_begun_for_another_picture_or_size_is_not_used(face, detect):
+    mirrored = np.ascontiguousarray(face[:, ::-1])
+    right, large = detect.faces_at(mirrored, 256), detect.faces_at(face, 512)
+    detect.begin(face, 256)
+    assert detect.faces_at(mirrored, 256) == right and detect.faces_at(face, 512) == large
+    assert right and large and right != detect.faces_at(face, 256)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.7])

@@ -99,8 +99,12 @@ def test_fine_tuning_moves_psi_and_w_and_leaves_e(T):
 
 
 def test_fine_tuning_learns_to_be_known_in_other_poses(monkeypatch):
-    """The loss in the mouth is left out, because it is 0 at first and can only grow."""
+    """The loss in the mouth is left out, because it is 0 at first and can only grow.
+
+    With the weight of 20 that fine-tuning has, this would take more epochs.
+    """
     monkeypatch.setattr(likeness, "MOUTH_WEIGHT", 0.0)
+    monkeypatch.setattr(likeness, "LIKENESS_WEIGHT", 100.0)
     cfg, E, G, D = networks(finetune_lr=2e-3, finetune_lr_d=2e-3)
     x, y = person(1)
     content, points = ContentLoss("l1", extra=FaceTerm()), ToyHeads(1, 64, first=5).load(0, [0])[1]
@@ -109,7 +113,7 @@ def test_fine_tuning_learns_to_be_known_in_other_poses(monkeypatch):
     others = other_poses(x, [points], content, networks()[2], psi_hat)
     history = finetune(E, G, D, x, y, cfg, content, epochs=50, others=others)[2]
     like = [losses["others"] for losses in history]
-    assert np.mean(like[-5:]) < 0.9 * np.mean(like[:5])
+    assert np.mean(like[-5:]) < 0.8 * np.mean(like[:5])
 
 
 def test_fine_tuning_fits_the_person():

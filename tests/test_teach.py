@@ -52,12 +52,12 @@ def pictures(n=16):
 
 
 def test_E_learns_to_predict_the_teachers_vectors(nets, monkeypatch):
-    monkeypatch.setattr(teach, "LR_E", 4e-3)
+    monkeypatch.setattr(teach, "LR_E", 5e-3)     # of 1e-3, so that fewer steps are enough
     E, teacher, cpu = nets[0], Colour(), torch.device("cpu")
     before = copy.deepcopy(E)
     r2_at_first = teach.teach_embedder(copy.deepcopy(E), 32, teacher, episodes(1, 4), 5, cpu)
-    r2 = teach.teach_embedder(E, 32, teacher, episodes(1, 4), 100, cpu)
-    assert r2 > 0.5 > 0.1 > r2_at_first
+    r2 = teach.teach_embedder(E, 32, teacher, episodes(1, 4), 120, cpu)
+    assert r2 > 0.6 > 0.1 > r2_at_first
     parameters = zip(before.net.blocks.parameters(), E.net.blocks.parameters())
     assert not any(torch.equal(p, q) for p, q in parameters)
 
