@@ -137,10 +137,9 @@ def _fill(image, weight):
         return np.where(weight[..., None] > 0, image, mean)
     H, W = weight.shape
     even = ((0, H % 2), (0, W % 2))
-    quarters = lambda a: np.pad(a, even + ((0, 0),) * (a.ndim - 2)).reshape(
-        (H + 1) // 2, 2, (W + 1) // 2, 2, *a.shape[2:]).sum((1, 3))
-    total = quarters(weight)
-    mean = quarters(image * weight[..., None]) / np.maximum(total, 1e-6)[..., None]
+    padded = np.pad(weight, even), np.pad(image * weight[..., None], (*even, (0, 0)))
+    total, colours = (a[::2, ::2] + a[::2, 1::2] + a[1::2, ::2] + a[1::2, 1::2] for a in padded)
+    mean = colours / np.maximum(total, 1e-6)[..., None]
     coarse = _fill(mean, np.minimum(total, 1))
     size = 2 * coarse.shape[1], 2 * coarse.shape[0]
     channels = [Image.fromarray(c).resize(size, Image.BILINEAR) for c in np.moveaxis(coarse, 2, 0)]

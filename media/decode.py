@@ -170,9 +170,10 @@ def to_rgb(frame):
     width = round(frame.width * max(aspect, 1))     # enlarged and never reduced, to keep all detail
     height = round(frame.height / min(aspect, 1))
     if (width, height) == (frame.width, frame.height):
-        image = frame.to_ndarray(format="rgb24")
+        image = frame.to_ndarray(format="rgb24", threads=1)     # starting threads would take longer than this
     else:
-        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC",
+                                 threads=1)
     image = np.ascontiguousarray(as_displayed(image, frame))
     if size is None or image.shape[:2] == size:
         return image

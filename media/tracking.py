@@ -143,7 +143,7 @@ def kept(frames, follower, keep):
     """
     cut = seen = new = False
     for k, frame in enumerate(frames):
-        small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA")
+        small = frame.to_ndarray(format="gray", width=32, height=32, interpolation="AREA", threads=1)
         before, seen = seen, follower.is_cut(small)
         cut = cut or seen
         new = new or (seen and not before)

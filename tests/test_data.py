@@ -14,7 +14,7 @@ from beyond.augment import recolour_and_mirror, warp
 from beyond.toy import ToyHeads
 from conftest import PHOTO, here, moving, prepare, write_clip
 from media import crops, faces, folders, photos
-from media.decode import read_video, to_rgb
+from media.decode import read_video
 from media.lines import draw_lines
 from runtime.files import UserError
 
@@ -188,7 +188,7 @@ def test_a_forked_process_does_not_hang_on_a_decoder(tmp_path, face):
     """A decoder in a reference cycle is freed at any time, in a loader's worker too. See conftest.py."""
     write_clip(tmp_path / "a.mp4", moving(face, 3), np.arange(3) * 512, sound=False)
     frames = read_video(tmp_path / "a.mp4")
-    to_rgb(next(frames))        # this starts threads
+    next(frames)        # this starts the threads of the decoder
     frames = [frames]
     frames.append(frames)
     del frames
