@@ -82,7 +82,7 @@ def test_killed_at_any_time(stage, slow, tmp_path, checkpoint, prepared):
     The long form kills at 30 random moments.
     """
     if stage == "finetune" and not slow:
-        pytest.skip("it writes its file in the same way as infer.py")
+        pytest.skip("only in the long form, because finetune.py writes its file in the same way as infer.py")
     command = {
         "meta_train": ["meta_train.py", *TINY_FLAGS,
                        "--steps", "40" if slow else "16", "--save-every", "5" if slow else "3",
